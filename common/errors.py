@@ -1,0 +1,10 @@
+"""The one exception that ends a command with a line for people instead of a traceback."""
+
+
+class UserError(Exception):
+    """Bad input, configuration or environment.
+
+    The message is one line that says what is wrong, where, and what to do. Commands print it and exit with code 2.
+    Anything else that escapes is a bug and keeps its traceback. In a run of several processes, raise it only for what
+    every process sees alike (configuration, folders): rank 0 alone prints it.
+    """

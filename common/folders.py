@@ -1,0 +1,163 @@
+"""Folders that survive kills and explain themselves: atomic writes, checksums, and the record of how one was made."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.json"
+_RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "h5py", "numpy", "optuna")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` to write a file or folder to; it takes the real name only on success."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file or nothing."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file; ``what`` names it for people.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {what}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {what}") from None
+
+
+def sha256_of_file(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_folder(path: Path, what: str) -> Path:
+    """``path`` if it is a folder; a clear line that names it as ``what`` otherwise."""
+    if not path.is_dir():
+        raise UserError(f"{what} {path} {'is not a folder' if path.exists() else 'does not exist'}")
+    return path
+
+
+def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) -> None:
+    """Make ``folder`` the output of ``config`` (a dataclass), and record how: configuration, versions, command.
+
+    A rerun with the same configuration continues in the folder. Fields named in ``may_change`` may differ; the
+    recorded configuration is then the newest.
+
+    Raises:
+        UserError: the folder belongs to another configuration, or to something else altogether.
+    """
+    # Through JSON: tuples become lists, as they are after reading the recorded file.
+    resolved = json.loads(json.dumps(asdict(config), default=str))
+    recorded_file = folder / CONFIG_FILE
+    if recorded_file.exists():
+        recorded = yaml.safe_load(recorded_file.read_text(encoding="utf-8"))
+        differences = [name for name in _differences(recorded, resolved) if name.split(".")[0] not in may_change]
+        if differences:
+            described = "; ".join(_describe(recorded, resolved, differences))
+            raise UserError(
+                f"{folder} was made with another configuration ({described}):"
+                " use the same one to continue, or another --output_dir"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and not ours (it has no {CONFIG_FILE}): give another --output_dir")
+    write_text(recorded_file, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_json(folder / PROVENANCE_FILE, provenance())
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the leaves in which two nested dictionaries differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    names = []
+    for key in dict.fromkeys([*old, *new]):
+        names += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    return names
+
+
+def _describe(old: dict, new: dict, names: list[str]) -> list[str]:
+    def value(config: Any, name: str) -> Any:
+        for key in name.split("."):
+            config = config.get(key) if isinstance(config, dict) else None
+        return config
+
+    return [f"{name}: {value(old, name)} there, {value(new, name)} now" for name in names[:3]]
+
+
+def provenance() -> dict[str, Any]:
+    """How, where and with what this process runs."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _RECORDED_PACKAGES},
+        "machine": {"system": platform.platform(), "processor": _processor_name(), "cpus": os.cpu_count()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` where tracked files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
