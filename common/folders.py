@@ -105,7 +105,14 @@ def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not ours (it has no {CONFIG_FILE}): give another --output_dir")
     write_text(recorded_file, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    write_json(folder / PROVENANCE_FILE, provenance())
+    _record_start(folder)
+
+
+def _record_start(folder: Path) -> None:
+    """Add this process to the folder's record of who worked on it; the first entry made it, the others continued."""
+    file = folder / PROVENANCE_FILE
+    starts = read_json(file, "delete it to start the record anew") if file.exists() else []
+    write_json(file, [*starts, provenance()])
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
