@@ -26,12 +26,21 @@ _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datas
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` to write a file or folder to; it takes the real name only on success."""
+    """Yield a temporary name beside ``path`` to write a file or folder to; it takes the real name only on success.
+
+    A file or folder of that name is replaced.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        os.replace(temporary, path)
+        if path.is_dir():  # a folder can't be renamed over another
+            replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.rename(path, replaced)
+            os.rename(temporary, path)
+            _remove(replaced)
+        else:
+            os.replace(temporary, path)
     finally:
         _remove(temporary)
 
@@ -90,8 +99,14 @@ def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
     Raises:
         UserError: the folder belongs to another configuration, or to something else altogether.
     """
-    # Through JSON: tuples become lists, as they are after reading the recorded file.
-    resolved = json.loads(json.dumps(asdict(config), default=str))
+    check_folder(folder, config, may_change)
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+    _record_start(folder)
+
+
+def check_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) -> None:
+    """Refuse what :func:`claim_folder` would refuse, and write nothing."""
+    resolved = _plain(config)
     recorded_file = folder / CONFIG_FILE
     if recorded_file.exists():
         recorded = yaml.safe_load(recorded_file.read_text(encoding="utf-8"))
@@ -104,8 +119,11 @@ def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
             )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not ours (it has no {CONFIG_FILE}): give another --output_dir")
-    write_text(recorded_file, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    _record_start(folder)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A dataclass as it will be read again from a file: tuples become lists."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def _record_start(folder: Path) -> None:

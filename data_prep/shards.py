@@ -156,6 +156,10 @@ class SplitReader:
         file = self._files[shard]
         return Rows(*(file[name][start:stop] for name in FIELDS))
 
+    def count_predictions(self, shard: int, start: int, stop: int) -> int:
+        """Predictions in rows [start, stop) of one shard."""
+        return int(np.count_nonzero(self._files[shard]["masked_lm_positions"][start:stop]))
+
     def read_range(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) of the split, across shards."""
         parts = []

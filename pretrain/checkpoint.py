@@ -1,0 +1,91 @@
+"""Checkpoints: DeepSpeed's files and our own state beside them, written aside, renamed, and only then pointed at."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from common.errors import UserError
+from common.folders import read_json, write_json, write_text
+from pretrain.engine import PretrainEngine
+
+_LATEST_FILE = "latest"
+_STATE_FILE = "state.json"
+_WRITING = "writing"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; with the weights and the optimizer's state this is all that a resume needs."""
+
+    step: int
+    """Optimizer steps done."""
+    sequences_seen: int
+    """Training rows consumed, which is the position in the data."""
+    elapsed_seconds: float
+    """Budget spent."""
+    lost_seconds: float
+    """Seconds of work that kills destroyed."""
+    micro_batch_size: int
+    manifest_sha256: str
+    """The data that the position refers to."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest ``keep`` of them."""
+
+    def __init__(self, folder: Path, keep: int, rank: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._rank = rank
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        pointer = self._folder / _LATEST_FILE
+        return self._folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+    def save(self, engine: PretrainEngine, state: TrainState) -> None:
+        """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place."""
+        name = f"step-{state.step:08d}"
+        if self._rank == 0:
+            shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
+        engine.barrier()
+        engine.save(self._folder, _WRITING)
+        engine.barrier()
+        if self._rank == 0:
+            write_json(self._folder / _WRITING / _STATE_FILE, asdict(state))
+            shutil.rmtree(self._folder / name, ignore_errors=True)  # of a start that was killed before pointing at it
+            (self._folder / _WRITING).rename(self._folder / name)
+            write_text(self._folder / _LATEST_FILE, name + "\n")
+            self._remove_old()
+        engine.barrier()
+
+    def _remove_old(self) -> None:
+        newest_last = sorted(self._folder.glob("step-*"))
+        for path in newest_last[: -self._keep]:
+            shutil.rmtree(path)
+
+
+def read_state(checkpoint: Path, manifest_sha256: str) -> TrainState:
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it belongs to other data.
+    """
+    state = TrainState(**read_json(checkpoint / _STATE_FILE, "this is not a checkpoint of ours"))
+    if state.manifest_sha256 != manifest_sha256:
+        raise UserError(
+            f"{checkpoint} was trained on another data folder: give that --data_dir, or another --output_dir"
+        )
+    return state
+
+
+def load_weights(engine: PretrainEngine, checkpoint: Path) -> None:
+    """Put a checkpoint's weights and optimizer state into the engine; every rank calls it."""
+    engine.load(checkpoint.parent, checkpoint.name)
+
+
+def with_loss(state: TrainState, last_logged_seconds: float) -> TrainState:
+    """The state to resume from, with the work between the checkpoint and the kill counted as lost."""
+    lost = max(0.0, last_logged_seconds - state.elapsed_seconds)
+    return replace(state, lost_seconds=state.lost_seconds + lost)

@@ -1,0 +1,101 @@
+"""What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends events to a run's record. On other ranks than 0 it does nothing."""
+
+    def __init__(self, folder: Path, rank: int, budget_seconds: float | None, max_steps: int | None) -> None:
+        self._active = rank == 0
+        if not self._active:
+            return
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._in_seconds = budget_seconds is not None
+        layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(
+            total=budget_seconds or max_steps,
+            unit="s" if self._in_seconds else "steps",
+            bar_format=layout,
+            desc="pretraining",
+            disable=None,
+        )
+
+    def write(self, event: str, step: int, elapsed_seconds: float, **values: Any) -> None:
+        """Record one event; numbers also go to TensorBoard under ``event/name``."""
+        if not self._active:
+            return
+        record = {"event": event, "step": step, "elapsed_seconds": round(elapsed_seconds, 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+
+    def show(self, step: int, elapsed_seconds: float, **values: str) -> None:
+        """Move the progress bar."""
+        if self._active:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update((elapsed_seconds if self._in_seconds else step) - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        if self._active:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        """Close file, board and bar."""
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, in order, without those that a resume took back.
+
+    A line that a kill cut short is passed over.
+    """
+    events: list[dict[str, Any]] = []
+    for line in _lines(folder / METRICS_FILE):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["event"] == "resume":
+            events = [earlier for earlier in events if earlier["step"] <= event["step"]]
+        events.append(event)
+    return events
+
+
+def last_logged_seconds(folder: Path) -> float:
+    """Budget that the record says was spent, work that was lost later included; 0 without a record."""
+    events = read_metrics(folder)
+    return max((event["elapsed_seconds"] for event in events), default=0.0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def curves(events: list[dict[str, Any]], max_points: int = 500) -> dict[str, list[dict[str, float]]]:
+    """Training and validation curves, thinned to at most about ``max_points`` points each, the last one always kept."""
+    fields = {
+        "train": ("elapsed_seconds", "step", "loss", "learning_rate"),
+        "validation": ("elapsed_seconds", "step", "loss"),
+    }
+    result = {}
+    for name, keys in fields.items():
+        points = [{key: event[key] for key in keys} for event in events if event["event"] == name]
+        stride = max(1, len(points) // max_points)
+        result[name] = points[::-1][::stride][::-1]
+    return result
