@@ -9,7 +9,7 @@ import tokenizers
 from data_prep.hashing import below, hash_keys, uniform
 
 SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] ... [SEP]
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|\n+")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]*[A-Z0-9])|\n+")
 _SHORT_DRAW, _LENGTH_DRAW = 11, 12  # names of the draws, see hash_keys
 
 

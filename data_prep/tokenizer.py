@@ -58,7 +58,7 @@ def _load(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train an uncased WordPiece vocabulary of at most ``vocab_size`` tokens on ``documents``; same text, same bytes."""
+    """Train an uncased WordPiece vocabulary of at most ``vocab_size`` tokens; the same text gives the same bytes."""
     documents = list(documents)
     trainer = tokenizers.BertWordPieceTokenizer(lowercase=True)
     # The trainer numbers single characters in the order of a randomly seeded hash map, and that order decides ties

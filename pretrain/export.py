@@ -41,9 +41,9 @@ def to_hugging_face(model: MaskedLanguageModel) -> PreTrainedModel:
     architecture = model.architecture
     pre_ln = architecture.layer_norm == "pre_ln"
     config = hugging_face_config(architecture)
-    exported = MegatronBertForMaskedLM(config) if pre_ln else BertForMaskedLM(config)
+    exported = (MegatronBertForMaskedLM if pre_ln else BertForMaskedLM)(config).to(model.head.bias.dtype)
     exported.load_state_dict(_hugging_face_weights(model, "megatron-bert" if pre_ln else "bert"))
-    return exported.to(next(model.parameters()).dtype).eval()
+    return exported.eval()
 
 
 def hugging_face_config(architecture: Architecture) -> BertConfig | MegatronBertConfig:

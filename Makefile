@@ -1,0 +1,58 @@
+# Everything runs in .venv, which `make setup` makes; every target does its own set-up and can be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs
+SEED ?= 42
+DATA ?= data
+
+# One process a GPU; on a machine without one, two CPU processes.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
+DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
+
+.PHONY: setup demo real test test-slow lint clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $(PYTHON) is older than Python 3.11: call make with PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# The whole pipeline on the embedded default: a generated corpus and a synthetic benchmark, no network.
+demo: setup
+	$(BIN)/python -m data_prep build --config configs/data/demo.yaml --output_dir $(RUNS)/demo-$(SEED)/data \
+	    --seed $(SEED) --sources '[{"kind": "demo", "seed": $(SEED)}]'
+	$(BIN)/python -m data_prep demo_benchmark --output_dir $(RUNS)/demo-$(SEED)/benchmark --seed $(SEED)
+	$(DEEPSPEED) run_pretraining.py --config configs/pretrain/demo.yaml --seed $(SEED) \
+	    --data_dir $(RUNS)/demo-$(SEED)/data --output_dir $(RUNS)/demo-$(SEED)/pretrain
+	$(BIN)/python run_glue_grid.py --config configs/glue/demo.yaml --model $(RUNS)/demo-$(SEED)/pretrain/hf \
+	    --glue_dir $(RUNS)/demo-$(SEED)/benchmark --output_dir $(RUNS)/demo-$(SEED)/glue
+
+# The same on real text and real GLUE tasks: DATA holds wikitext/, bert-base-uncased/vocab.txt and glue/.
+real: setup
+	$(BIN)/python -m data_prep build --config configs/data/wikitext.yaml --output_dir $(RUNS)/real/data \
+	    --sources '[{"kind": "text", "path": "$(DATA)/wikitext/enwiki-2014-train.txt.gz"}]' \
+	    --tokenizer $(DATA)/bert-base-uncased/vocab.txt
+	$(DEEPSPEED) run_pretraining.py --config configs/pretrain/real.yaml \
+	    --data_dir $(RUNS)/real/data --output_dir $(RUNS)/real/pretrain
+	$(BIN)/python run_glue_grid.py --config configs/glue/real.yaml --model $(RUNS)/real/pretrain/hf \
+	    --glue_dir $(DATA)/glue --output_dir $(RUNS)/real/glue
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The runs are yours: `make clean` leaves them.
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

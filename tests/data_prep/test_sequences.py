@@ -1,0 +1,68 @@
+"""Sequences are whole sentences of one document, in order, never too long."""
+
+import numpy as np
+import pytest
+
+from data_prep.sequences import SequenceRule, cut_at_sentences, split_sentences, target_lengths, tokenize_documents
+from data_prep.tokenizer import train_wordpiece
+
+DOCUMENTS = [
+    "The heron waits in the reeds. It sees a fish! Does it move? No.\nA new paragraph starts here. It ends here.",
+    "One sentence without an end",
+    'Dr. Smith said "no." Then (after 3 days) he left. ' + "word " * 200 + ".",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(DOCUMENTS * 5, vocab_size=200).backend_tokenizer
+
+
+def test_sentences_lose_nothing_but_space() -> None:
+    for document in DOCUMENTS:
+        assert "".join("".join(split_sentences(document)).split()) == "".join(document.split())
+
+
+def test_sentences_end_where_a_reader_ends_them() -> None:
+    assert split_sentences(DOCUMENTS[0])[:4] == [
+        "The heron waits in the reeds.",
+        "It sees a fish!",
+        "Does it move?",
+        "No.",
+    ]
+
+
+def test_sequences_join_to_the_documents_own_tokens(tokenizer) -> None:
+    result = tokenize_documents(DOCUMENTS, 0, tokenizer, SequenceRule(16, short_seq_prob=0.3, seed=5))
+    expected = [tokenizer.encode(document, add_special_tokens=False).ids for document in DOCUMENTS]
+    assert result.tokens.tolist() == [token for ids in expected for token in ids]
+    ends = np.cumsum(result.sequences_per_document)
+    per_document = [part.sum() for part in np.split(result.sequence_lengths, ends[:-1])]
+    assert per_document == [len(ids) for ids in expected]
+    assert result.sequence_lengths.max() <= 14
+
+
+def test_a_sequence_ends_at_a_sentence_end() -> None:
+    sentences = [5, 6, 4, 10, 3]
+    assert cut_at_sentences(sentences, [14] * 9, max_tokens=14) == [11, 14, 3]
+
+
+def test_a_sentence_that_is_too_long_is_cut_into_full_sequences() -> None:
+    assert cut_at_sentences([4, 30, 5], [10] * 9, max_tokens=10) == [4, 10, 10, 10, 5]
+    assert cut_at_sentences([33, 5], [10] * 9, max_tokens=10) == [10, 10, 10, 8]
+
+
+def test_short_targets_have_the_stated_share() -> None:
+    rule = SequenceRule(128, short_seq_prob=0.1, seed=3)
+    targets = np.concatenate([target_lengths(document, 200, rule) for document in range(200)])
+    assert targets.min() >= 2
+    assert targets.max() == 126
+    assert abs((targets < 126).mean() - 0.1 * 124 / 125) < 5 * np.sqrt(0.09 / len(targets))
+
+
+def test_documents_do_not_depend_on_their_neighbours(tokenizer) -> None:
+    rule = SequenceRule(16, short_seq_prob=0.5, seed=5)
+    together = tokenize_documents(DOCUMENTS, 0, tokenizer, rule)
+    alone = tokenize_documents(DOCUMENTS[2:], 2, tokenizer, rule)
+    count = alone.sequences_per_document[0]
+    np.testing.assert_array_equal(together.sequence_lengths[-count:], alone.sequence_lengths)

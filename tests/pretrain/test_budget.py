@@ -1,0 +1,115 @@
+"""The budget is kept, whatever the steps do, and marks come when they are due."""
+
+import random
+
+import pytest
+
+from pretrain.budget import Budget, Cadence, parse_duration, share_of_run
+from pretrain.schedule import lr_multiplier
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), ("3d", 259200), ("1.5h", 5400)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "h", "-3h", "0s", "3 weeks", "1h30m", ""])
+def test_what_is_not_a_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(text)
+
+
+def test_an_interval_is_a_share_of_the_run() -> None:
+    assert share_of_run("10%", None) == 0.1
+    assert share_of_run("30m", 24 * 3600) == pytest.approx(1 / 48)
+    with pytest.raises(ValueError, match="max_steps"):
+        share_of_run("30m", None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_run_overruns_by_more_than_the_jitter_of_a_step(seed: int) -> None:
+    clock, generator = FakeClock(), random.Random(seed)
+    budget = Budget(seconds=60.0, max_steps=None, clock=clock)
+    budget.start()
+    step = 0
+    while budget.has_room_for(step):
+        duration = generator.uniform(0.9, 1.1)
+        clock.now += duration
+        budget.record_step(duration)
+        step += 1
+    assert 60.0 - 2 * 1.1 < budget.elapsed() < 60.0 + 0.2
+
+
+def test_elapsed_time_continues_over_a_resume_and_time_between_runs_does_not_count() -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=100.0, max_steps=None, elapsed_before=40.0, clock=clock)
+    clock.now += 5000.0
+    assert budget.elapsed() == 40.0
+    budget.start()
+    clock.now += 10.0
+    assert budget.elapsed() == 50.0
+    assert budget.progress(step=3) == 0.5
+
+
+def test_a_run_of_steps_has_the_same_interface() -> None:
+    budget = Budget(seconds=None, max_steps=4)
+    budget.start()
+    assert [budget.progress(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [budget.has_room_for(step) for step in range(6)] == [True] * 4 + [False] * 2
+
+
+def test_a_schedule_longer_than_the_run_ends_early() -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=100.0, max_steps=None, schedule_scale=3.0, clock=clock)
+    budget.start()
+    clock.now += 50.0
+    assert budget.progress(0) == 0.5
+    assert budget.schedule_position(0) == pytest.approx(1 / 6)
+
+
+def marks(cadence: Cadence, steps: int) -> list[float]:
+    found = []
+    for step in range(steps + 1):
+        progress = step / steps
+        if cadence.is_due(progress):
+            found.append(progress)
+            cadence.skip_to(progress)
+    return found
+
+
+def test_marks_come_once_each_at_their_share() -> None:
+    assert marks(Cadence(0.1), 1000) == pytest.approx([k / 10 for k in range(1, 11)])
+
+
+def test_marks_are_denser_in_the_early_part() -> None:
+    paper = Cadence(interval=30 / 1440, early_interval=10 / 1440, early_share=0.05)
+    minutes = [mark * 1440 for mark in marks(paper, 14_400)]
+    assert minutes[:7] == pytest.approx([10, 20, 30, 40, 50, 60, 70], abs=0.2)
+    assert minutes[7:9] == pytest.approx([72 + 30, 72 + 60], abs=0.2)
+
+
+def test_a_resume_does_not_repeat_marks() -> None:
+    cadence = Cadence(0.1)
+    cadence.skip_to(0.55)
+    assert not cadence.is_due(0.59)
+    assert cadence.is_due(0.61)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_to_exactly_zero() -> None:
+    assert lr_multiplier(0.0, 0.06) == 0.0
+    assert lr_multiplier(0.03, 0.06) == pytest.approx(0.5)
+    assert lr_multiplier(0.06, 0.06) == 1.0
+    assert lr_multiplier(0.53, 0.06) == pytest.approx(0.5)
+    assert lr_multiplier(1.0, 0.06) == 0.0
+    assert lr_multiplier(1.7, 0.06) == 0.0
+    assert lr_multiplier(0.0, 0.0) == 1.0
