@@ -30,7 +30,7 @@ def config_parser(prog: str, description: str, config_class: type) -> jsonargpar
 
 def command_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     """A parser for a command without a configuration file."""
-    return jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    return jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None) -> jsonargparse.Namespace:
@@ -41,7 +41,7 @@ def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None) -> js
     """
     try:
         return parser.instantiate(parser.parse_args(argv))
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, ValueError) as error:  # ValueError: from the __post_init__ of a nested dataclass
         raise UserError(f"{_one_line(str(error))}; see '{parser.prog} --help'") from None
 
 

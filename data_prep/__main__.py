@@ -47,9 +47,7 @@ def _demo_benchmark(argv: list[str]) -> None:
     write_demo_benchmark(Path(arguments.output_dir), arguments.seed)
 
 
+COMMANDS = {"build": _build, "inspect": _inspect, "verify": _verify, "demo_benchmark": _demo_benchmark}
+
 if __name__ == "__main__":
-    run_subcommand(
-        "python -m data_prep",
-        "Prepare data for masked language modelling.",
-        {"build": _build, "inspect": _inspect, "verify": _verify, "demo_benchmark": _demo_benchmark},
-    )
+    run_subcommand("python -m data_prep", "Prepare data for masked language modelling.", COMMANDS)

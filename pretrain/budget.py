@@ -86,9 +86,9 @@ class Budget:
         spent = step / self.max_steps if self.max_steps else self.elapsed() / self.seconds
         return min(1.0, spent)
 
-    def schedule_position(self, step: int) -> float:
-        """The share of the learning rate's schedule that is spent."""
-        return self.progress(step) / self._schedule_scale
+    def schedule_position(self, progress: float) -> float:
+        """The share of the learning rate's schedule that is spent at ``progress``."""
+        return progress / self._schedule_scale
 
     def record_step(self, seconds: float) -> None:
         """Tell how long a step took."""
@@ -175,7 +175,7 @@ class Director:
         progress = self._budget.progress(step)
         return Decision(
             progress=progress,
-            schedule_position=self._budget.schedule_position(step),
+            schedule_position=self._budget.schedule_position(progress),
             elapsed_seconds=self._budget.elapsed(),
             stop=not self._budget.has_room_for(step),
             validate=self._fits("validate", self._validation, progress, step),

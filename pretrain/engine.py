@@ -65,8 +65,8 @@ def start_processes() -> Processes:
         device = torch.device("cpu")
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-    # DeepSpeed would compile a shared-memory op for CPU processes here. A kill meanwhile leaves a lock file at which every
-    # later start waits for ever; gloo does the same work.
+    # DeepSpeed would compile a shared-memory op for CPU processes here. A kill meanwhile leaves a lock file at which
+    # every later start waits for ever; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     return Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo"))

@@ -1,0 +1,168 @@
+"""What users get wrong ends in one clear line and exit code 2, and nothing of theirs is written over."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+import run_pretraining
+from common import cli
+from data_prep import __main__ as data_prep_commands
+
+TEXT_SOURCE = '[{"kind": "text", "path": "%s"}]'
+
+
+def fails_with(capsys, monkeypatch, arguments: list[str], *expected: str) -> None:
+    """Run a command line in this process; expect exit code 2 and one line with these words."""
+    program, *rest = arguments
+    monkeypatch.setattr(sys, "argv", arguments)
+    command = (
+        run_pretraining.main if program == "run_pretraining.py" else lambda: data_prep_commands.COMMANDS[program](rest)
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(command)
+    error = capsys.readouterr().err.strip()
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    for words in expected:
+        assert words in error
+
+
+def build_arguments(path: Path, output: Path, *more: str) -> list[str]:
+    return ["build", "--sources", TEXT_SOURCE % path, "--tokenizer", "train", "--output_dir", str(output), *more]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "matches no file"), ({}, "holds no *.txt"), ({"a.txt": " \n\n \n"}, "hold no text")]
+)
+def test_text_that_is_not_there(content, words, tmp_path, capsys, monkeypatch) -> None:
+    folder = tmp_path / "text"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    fails_with(capsys, monkeypatch, build_arguments(folder, tmp_path / "out"), str(folder), words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--dupe_facto", "3"], "dupe_facto"),
+        (["--dupe_factor", "three"], "dupe_factor"),
+        (["--dupe_factor", "0"], "dupe_factor must be at least 1"),
+        (["--sources", '[{"kind": "txet"}]'], "kind"),
+        (["--sources", '[{"kind": "text", "path": null}]'], "needs a path"),
+        (["--tokenizer", "nowhere/vocab.txt"], "nowhere/vocab.txt"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_data_options(option, words, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    fails_with(capsys, monkeypatch, build_arguments(tmp_path, tmp_path / "out", *option), words)
+
+
+def test_a_vocabulary_without_mask(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    vocabulary = tmp_path / "vocabulary.json"
+    tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(vocabulary))
+    arguments = build_arguments(tmp_path, tmp_path / "out", "--tokenizer", str(vocabulary))
+    fails_with(capsys, monkeypatch, arguments, "mask_token")
+
+
+def test_an_output_folder_of_something_else(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    fails_with(capsys, monkeypatch, build_arguments(tmp_path, mine), str(mine), "not ours")
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_data_folder_of_another_configuration(data_dir, capsys, monkeypatch) -> None:
+    arguments = [
+        "build",
+        "--config",
+        str(data_dir / "config.yaml"),
+        "--output_dir",
+        str(data_dir),
+        "--dupe_factor",
+        "7",
+    ]
+    fails_with(capsys, monkeypatch, arguments, "dupe_factor: 5 there, 7 now")
+
+
+def pretrain_arguments(data_dir: Path, output: Path, *more: str) -> list[str]:
+    return ["run_pretraining.py", "--data_dir", str(data_dir), "--output_dir", str(output), *more]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--time_budget", "soon"], "duration"),
+        (["--max_steps", "5"], "either time_budget or max_steps"),
+        (["--schedule_length", "1h"], "shorter than time_budget"),
+        (["--model.preset", "bert-huge"], "model.preset"),
+        (["--model.num_attention_heads", "7"], "not divisible by num_attention_heads"),
+        (["--model.max_position_embeddings", "32"], "max_position_embeddings"),
+        (["--learning_rate", "1e-3"], "learning_rate"),
+        (["--warmup_proportion", "6"], "warmup_proportion"),
+        (["--ds_config", "nowhere.json"], "nowhere.json"),
+        (["--resume", "nowhere"], "nowhere"),
+    ],
+)
+def test_pretraining_options(option, words, data_dir, tmp_path, capsys, monkeypatch) -> None:
+    fails_with(capsys, monkeypatch, pretrain_arguments(data_dir, tmp_path / "run", *option), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ds_config_with_what_it_does_not_own(data_dir, tmp_path, capsys, monkeypatch) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 8}')
+    fails_with(
+        capsys,
+        monkeypatch,
+        pretrain_arguments(data_dir, tmp_path / "run", "--ds_config", str(file)),
+        "train_batch_size",
+    )
+
+
+@pytest.fixture
+def copied_data(data_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(data_dir, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: shutil.rmtree(data), ["data folder", "does not exist"]),
+        (lambda data: (data / "manifest.json").unlink(), ["manifest.json", "not complete"]),
+        (lambda data: (data / "manifest.json").write_text("{"), ["manifest.json", "damaged"]),
+        (lambda data: (data / "manifest.json").write_text("{}"), ["not a manifest of ours"]),
+        (lambda data: (data / "train-00001.h5").unlink(), ["train-00001.h5", "missing"]),
+        (lambda data: (data / "train-00001.h5").write_bytes(b"not HDF5"), ["train-00001.h5", "damaged"]),
+        (
+            lambda data: shutil.copy(data / "validation-00000.h5", data / "train-00001.h5"),
+            ["train-00001.h5", "the manifest says 700"],
+        ),
+        (
+            lambda data: (data / "tokenizer" / "tokenizer.json").write_text("{}"),
+            ["tokenizer.json", "not the tokenizer"],
+        ),
+    ],
+)
+def test_a_data_folder_that_is_damaged(damage, words, copied_data, tmp_path, capsys, monkeypatch) -> None:
+    damage(copied_data)
+    fails_with(capsys, monkeypatch, pretrain_arguments(copied_data, tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_that_does_not_exist(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["data_prep", "biuld"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run_subcommand("python -m data_prep", "", data_prep_commands.COMMANDS)
+    assert exit_info.value.code == 2
+    assert "biuld" in capsys.readouterr().err
