@@ -41,7 +41,7 @@ def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None) -> js
     """
     try:
         return parser.instantiate(parser.parse_args(argv))
-    except (jsonargparse.ArgumentError, ValueError) as error:  # ValueError: from the __post_init__ of a nested dataclass
+    except (jsonargparse.ArgumentError, ValueError) as error:  # ValueError: a nested dataclass's own checks
         raise UserError(f"{_one_line(str(error))}; see '{parser.prog} --help'") from None
 
 
