@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM, PreTrainedModel
 
@@ -30,6 +31,7 @@ def export(model: MaskedLanguageModel, manifest: Manifest, folder: Path, pretrai
     trained.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
     exported = to_hugging_face(trained)
     _check_parity(trained, exported)
+    transformers.utils.logging.disable_progress_bar()
     with atomic_path(folder) as temporary:
         exported.save_pretrained(temporary)
         shutil.copytree(manifest.tokenizer_folder, temporary, dirs_exist_ok=True)

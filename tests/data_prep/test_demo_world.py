@@ -146,7 +146,7 @@ def test_similarity_scores_follow_from_kinds_and_families(benchmark_dir: Path) -
     for row in labelled_rows(benchmark_dir, "demo-similarity"):
         kind = KIND_OF[only_word(row["sentence1"], set(KIND_OF))]
         described = KIND_NAMED[only_word(row["sentence2"], set(KIND_NAMED))]
-        expected = 5.0 if described is kind else 2.5 if described.family == kind.family else 0.0
+        expected = 1.0 if described is kind else 0.5 if described.family == kind.family else 0.0
         assert float(row["score"]) == expected
 
 
