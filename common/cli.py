@@ -1,5 +1,6 @@
 """The command line of every stage: typed dataclass <- YAML file <- --key value; one clear line for what is wrong."""
 
+import argparse
 import os
 import re
 import sys
@@ -22,9 +23,10 @@ def config_parser(prog: str, description: str, config_class: type) -> jsonargpar
     Callers add their own options (folders) to the returned parser.
     """
     parser = command_parser(prog, description)
+    parser.usage = "%(prog)s --config FILE [--key value ...]"
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(config_class, as_group=False)
-    parser.add_argument("--local_rank", type=int, default=0, help="set by launchers; ignored")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 

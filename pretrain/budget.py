@@ -76,6 +76,10 @@ class Budget:
         """Start the clock: from here on, everything counts."""
         self._started = self._clock()
 
+    def stop(self) -> None:
+        """Stop it: what follows does not count."""
+        self._elapsed_before, self._started = self.elapsed(), None
+
     def elapsed(self) -> float:
         """Seconds spent, earlier parts of the run included."""
         running = 0.0 if self._started is None else self._clock() - self._started

@@ -1,7 +1,7 @@
 """Checkpoints: DeepSpeed's files and our own state beside them, written aside, renamed, and only then pointed at."""
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -23,8 +23,6 @@ class TrainState:
     """Training rows consumed, which is the position in the data."""
     elapsed_seconds: float
     """Budget spent."""
-    lost_seconds: float
-    """Seconds of work that kills destroyed."""
     micro_batch_size: int
     manifest_sha256: str
     """The data that the position refers to."""
@@ -83,9 +81,3 @@ def read_state(checkpoint: Path, manifest_sha256: str) -> TrainState:
 def load_weights(engine: PretrainEngine, checkpoint: Path) -> None:
     """Put a checkpoint's weights and optimizer state into the engine; every rank calls it."""
     engine.load(checkpoint.parent, checkpoint.name)
-
-
-def with_loss(state: TrainState, last_logged_seconds: float) -> TrainState:
-    """The state to resume from, with the work between the checkpoint and the kill counted as lost."""
-    lost = max(0.0, last_logged_seconds - state.elapsed_seconds)
-    return replace(state, lost_seconds=state.lost_seconds + lost)

@@ -1,7 +1,9 @@
 """What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +63,33 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order, without those that a resume took back.
-
-    A line that a kill cut short is passed over.
-    """
+    """The events of a run, in order, without those that a resume took back."""
     events: list[dict[str, Any]] = []
-    for line in _lines(folder / METRICS_FILE):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for event in _all_events(folder):
         if event["event"] == "resume":
             events = [earlier for earlier in events if earlier["step"] <= event["step"]]
         events.append(event)
     return events
 
 
-def last_logged_seconds(folder: Path) -> float:
-    """Budget that the record says was spent, work that was lost later included; 0 without a record."""
-    events = read_metrics(folder)
-    return max((event["elapsed_seconds"] for event in events), default=0.0)
+def lost_seconds(folder: Path) -> float:
+    """Seconds of work that kills have destroyed: what the record shows beyond the checkpoint of each resume."""
+    lost = furthest = 0.0
+    for event in _all_events(folder):
+        if event["event"] == "resume":
+            lost += max(0.0, furthest - event["elapsed_seconds"])
+            furthest = event["elapsed_seconds"]
+        furthest = max(furthest, event["elapsed_seconds"])
+    return lost
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+def _all_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every line of the record; one that a kill cut short is passed over."""
+    path = folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def curves(events: list[dict[str, Any]], max_points: int = 500) -> dict[str, list[dict[str, float]]]:

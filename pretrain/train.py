@@ -14,7 +14,7 @@ from common.folders import check_folder, claim_folder, write_json
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.batches import BatchPlan, TrainingBatches, validation_batches
 from pretrain.budget import Budget, Cadence, Decision, Director, parse_duration, share_of_run
-from pretrain.checkpoint import Checkpoints, TrainState, load_weights, read_state, with_loss
+from pretrain.checkpoint import Checkpoints, TrainState, load_weights, read_state
 from pretrain.engine import (
     PretrainEngine,
     Processes,
@@ -24,7 +24,7 @@ from pretrain.engine import (
     stop_processes,
 )
 from pretrain.export import export
-from pretrain.metrics import MetricsWriter, curves, last_logged_seconds, read_metrics
+from pretrain.metrics import MetricsWriter, curves, lost_seconds, read_metrics
 from pretrain.micro_batch import find_micro_batch_size
 from pretrain.model import Architecture, MaskedLanguageModel, ModelConfig, resolve
 from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -156,8 +156,7 @@ def _find_checkpoint(
     checkpoint = own or (None if config.resume in ("auto", "never") else Path(config.resume))
     if checkpoint is None:
         return None, None
-    state = read_state(checkpoint, manifest.sha256)
-    return checkpoint, with_loss(state, last_logged_seconds(output_dir) if own else 0.0)
+    return checkpoint, read_state(checkpoint, manifest.sha256)
 
 
 def _checkpoints(config: PretrainConfig, output_dir: Path, rank: int) -> Checkpoints:
@@ -184,13 +183,12 @@ class Pretrainer:
         self._processes = processes
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
-        self._lost_seconds = state.lost_seconds if state else 0.0
         elapsed = state.elapsed_seconds if state else 0.0
         self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed)
         self._budget.start()
         self._metrics = MetricsWriter(output_dir, processes.rank, config.budget_seconds, config.max_steps)
         if state:
-            self._metrics.write("resume", self._step, elapsed, lost_seconds=self._lost_seconds)
+            self._metrics.write("resume", self._step, elapsed)
         torch.manual_seed(config.seed)
         model = MaskedLanguageModel(architecture).to(processes.device)
         self._plan = self._plan_batches(model, ds_config, state)
@@ -301,7 +299,6 @@ class Pretrainer:
             step=self._step,
             sequences_seen=self._sequences_seen,
             elapsed_seconds=elapsed_seconds,
-            lost_seconds=self._lost_seconds,
             micro_batch_size=self._plan.micro_batch_size,
             manifest_sha256=self._manifest.sha256,
         )
@@ -309,6 +306,7 @@ class Pretrainer:
     def _close(self) -> None:
         """What follows the last step and is not counted: checkpoint, validation, export, summary."""
         started = time.perf_counter()
+        self._budget.stop()
         self._log()
         self._batches.close()
         elapsed = self._budget.elapsed()
@@ -323,7 +321,7 @@ class Pretrainer:
             "sequences": self._sequences_seen,
             "epochs": round(self._batches.epochs(self._sequences_seen), 4),
             "validation_loss": validation_loss,
-            "lost_seconds": round(self._lost_seconds, 3),
+            "lost_seconds": round(lost_seconds(self._output_dir), 3),
             "train_batch_size": self._plan.train_batch_size,
             "micro_batch_size": self._plan.micro_batch_size,
             "hardware": self._processes.hardware,
