@@ -31,6 +31,8 @@ demo: setup
 	    --data_dir $(RUNS)/demo-$(SEED)/data --output_dir $(RUNS)/demo-$(SEED)/pretrain
 	$(BIN)/python run_glue_grid.py --config configs/glue/demo.yaml --model $(RUNS)/demo-$(SEED)/pretrain/hf \
 	    --glue_dir $(RUNS)/demo-$(SEED)/benchmark --output_dir $(RUNS)/demo-$(SEED)/glue
+	@echo "model:  $(RUNS)/demo-$(SEED)/pretrain/hf"
+	@echo "report: $(RUNS)/demo-$(SEED)/glue/report.html"
 
 # The same on real text and real GLUE tasks: DATA holds wikitext/, bert-base-uncased/vocab.txt and glue/.
 real: setup
@@ -41,6 +43,8 @@ real: setup
 	    --data_dir $(RUNS)/real/data --output_dir $(RUNS)/real/pretrain
 	$(BIN)/python run_glue_grid.py --config configs/glue/real.yaml --model $(RUNS)/real/pretrain/hf \
 	    --glue_dir $(DATA)/glue --output_dir $(RUNS)/real/glue
+	@echo "model:  $(RUNS)/real/pretrain/hf"
+	@echo "report: $(RUNS)/real/glue/report.html"
 
 test: setup
 	$(BIN)/ruff check .
