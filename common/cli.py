@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +13,8 @@ import jsonargparse
 from common.errors import UserError
 
 Config = TypeVar("Config")
+
+_RANK_0_SPEAKS_SECONDS = 2.0  # a launcher ends all processes as soon as the first one leaves
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -66,6 +69,8 @@ def run(command: Callable[[], Any]) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(_RANK_0_SPEAKS_SECONDS)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

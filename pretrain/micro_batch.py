@@ -29,6 +29,7 @@ def find_micro_batch_size(
     """
     sizes = [size for size in _powers_of_two(rank_batch_size) if rank_batch_size % size == 0] or [rank_batch_size]
     reader = SplitReader(manifest, "train")
+    adams_memory = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
     speeds: dict[int, float] = {}
     for size in sizes:
         rows = reader.read_range(0, min(size, reader.num_rows))
@@ -45,6 +46,7 @@ def find_micro_batch_size(
         if speeds[size] < _WORTH_DOUBLING * previous:
             break
     reader.close()
+    del adams_memory
     return speeds
 
 
