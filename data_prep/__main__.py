@@ -45,6 +45,7 @@ def _demo_benchmark(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the world and the rows; the corpus's own seed")
     arguments = parse(parser, argv)
     write_demo_benchmark(Path(arguments.output_dir), arguments.seed)
+    print(f"{arguments.output_dir}: a synthetic benchmark (not GLUE)")
 
 
 COMMANDS = {"build": _build, "inspect": _inspect, "verify": _verify, "demo_benchmark": _demo_benchmark}

@@ -4,12 +4,12 @@ Every row follows from the relations in `demo_world`. The nouns and adjectives t
 never occur in training rows, so whoever has not read about them elsewhere can only guess.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from common.folders import write_text
 from data_prep import demo_world as world
 from data_prep.demo_world import Kind
 
@@ -41,16 +41,14 @@ class Vocabulary:
 def write_demo_benchmark(output_dir: Path, seed: int) -> None:
     """Writes the three tasks and a README into `output_dir`; the same seed gives the same bytes."""
     shown, unseen = split_vocabulary(seed)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(output_dir / "README.md", README)
+    write_text(output_dir / "README.md", README)
     for task in TASKS:
         folder = output_dir / task.name
-        folder.mkdir(exist_ok=True)
         taken: set[Row] = set()
         for split, num_rows in ROWS_PER_SPLIT.items():
             random = Random(f"{task.name}-{split}-{seed}")
             rows = _distinct_rows(task, random, shown if split == "train" else unseen, num_rows, taken)
-            _write_text(folder / f"{split}.tsv", task.layout(rows, split))
+            write_text(folder / f"{split}.tsv", task.layout(rows, split))
 
 
 def split_vocabulary(seed: int) -> tuple[Vocabulary, Vocabulary]:
@@ -131,12 +129,6 @@ def _without_answer(header: Row, rows: list[Row], split: str) -> tuple[Row, list
 
 def _table(header: Row, rows: Iterable[Row]) -> str:
     return "".join("\t".join(row) + "\n" for row in (header, *rows))
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
 
 
 @dataclass(frozen=True)
