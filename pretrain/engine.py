@@ -46,8 +46,11 @@ class Processes:
     @property
     def hardware(self) -> str:
         """What the run computes on, in a few words."""
-        on_cpu = self.device.type == "cpu"
-        name = f"CPU, {torch.get_num_threads()} threads each" if on_cpu else torch.cuda.get_device_name(self.device)
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            name = f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
+        else:
+            name = torch.cuda.get_device_name(self.device)
         return f"{self.world_size} x {name}"
 
 
