@@ -85,10 +85,23 @@ class Budget:
         running = 0.0 if self._started is None else self._clock() - self._started
         return self._elapsed_before + running
 
+    @property
+    def total(self) -> float:
+        """The whole budget, in seconds or steps."""
+        return self.seconds or self.max_steps
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts: ``s`` or ``steps``."""
+        return "s" if self.seconds else "steps"
+
+    def spent(self, step: int) -> float:
+        """Seconds or steps spent before step number ``step`` (from 0)."""
+        return self.elapsed() if self.seconds else step
+
     def progress(self, step: int) -> float:
         """The share of the run that is spent before step number ``step`` (from 0), in [0, 1]."""
-        spent = step / self.max_steps if self.max_steps else self.elapsed() / self.seconds
-        return min(1.0, spent)
+        return min(1.0, self.spent(step) / self.total)
 
     def schedule_position(self, progress: float) -> float:
         """The share of the learning rate's schedule that is spent at ``progress``."""

@@ -14,23 +14,24 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends events to a run's record. On other ranks than 0 it does nothing."""
+    """Appends events to a run's record and moves its progress bar. On other ranks than 0 it does nothing.
 
-    def __init__(self, folder: Path, rank: int, budget_seconds: float | None, max_steps: int | None) -> None:
+    Args:
+        folder: the run's folder.
+        rank: of this process.
+        total: the budget, in seconds or steps.
+        unit: ``s`` or ``steps``.
+        spent: what earlier parts of the run have spent of it.
+    """
+
+    def __init__(self, folder: Path, rank: int, total: float, unit: str, spent: float) -> None:
         self._active = rank == 0
         if not self._active:
             return
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._in_seconds = budget_seconds is not None
-        layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(
-            total=budget_seconds or max_steps,
-            unit="s" if self._in_seconds else "steps",
-            bar_format=layout,
-            desc="pretraining",
-            disable=None,
-        )
+        layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit}, {remaining} left{postfix}"
+        self._bar = tqdm(desc="pretraining", total=total, unit=unit, initial=spent, bar_format=layout, disable=None)
 
     def write(self, event: str, step: int, elapsed_seconds: float, **values: Any) -> None:
         """Record one event; numbers also go to TensorBoard under ``event/name``."""
@@ -43,11 +44,11 @@ class MetricsWriter:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
 
-    def show(self, step: int, elapsed_seconds: float, **values: str) -> None:
-        """Move the progress bar."""
+    def show(self, spent: float, **values: str) -> None:
+        """Move the progress bar to ``spent`` of the budget."""
         if self._active:
             self._bar.set_postfix(values, refresh=False)
-            self._bar.update((elapsed_seconds if self._in_seconds else step) - self._bar.n)
+            self._bar.update(spent - self._bar.n)
 
     def say(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""

@@ -186,7 +186,8 @@ class Pretrainer:
         elapsed = state.elapsed_seconds if state else 0.0
         self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed)
         self._budget.start()
-        self._metrics = MetricsWriter(output_dir, processes.rank, config.budget_seconds, config.max_steps)
+        spent = self._budget.spent(self._step)
+        self._metrics = MetricsWriter(output_dir, processes.rank, self._budget.total, self._budget.unit, spent)
         if state:
             self._metrics.write("resume", self._step, elapsed)
         torch.manual_seed(config.seed)
@@ -274,7 +275,7 @@ class Pretrainer:
             "train", self._step, elapsed, epoch=round(self._batches.epochs(self._sequences_seen), 4), **values
         )
         rate = f"{values['sequences_per_second']:.0f}/s"
-        self._metrics.show(self._step, elapsed, loss=f"{values['loss']:.3f}", sequences=rate)
+        self._metrics.show(self._budget.spent(self._step), loss=f"{values['loss']:.3f}", sequences=rate)
 
     def _timed(self, action: str, function: Any) -> None:
         started = time.perf_counter()
