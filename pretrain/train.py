@@ -130,9 +130,15 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
         return
     checkpoint, state = _find_checkpoint(config, output_dir, manifest)
     processes = start_processes()
-    if processes.rank == 0:
-        claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
     try:
+        # A batch that does not divide is refused before anything is written.
+        BatchPlan(
+            config.train_batch_size,
+            1 if config.micro_batch_size == "auto" else config.micro_batch_size,
+            processes.world_size,
+        )
+        if processes.rank == 0:
+            claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
         Pretrainer(config, architecture, ds_config, manifest, output_dir, checkpoint, state, processes).run()
     finally:
         stop_processes()
@@ -226,7 +232,6 @@ class Pretrainer:
         if size == "auto" and state:
             size = state.micro_batch_size
         elif size == "auto":
-            BatchPlan(batch_size, 1, world_size)  # refuses what no micro-batch size can mend
             speeds = find_micro_batch_size(
                 model, self._manifest, batch_size // world_size, self._processes.device, autocast_dtype(ds_config)
             )

@@ -112,6 +112,7 @@ def pretrain_arguments(data_dir: Path, output: Path, *more: str) -> list[str]:
         (["--warmup_proportion", "6"], "warmup_proportion"),
         (["--ds_config", "nowhere.json"], "nowhere.json"),
         (["--resume", "nowhere"], "nowhere"),
+        (["--train_batch_size", "100", "--micro_batch_size", "8"], "train_batch_size 100 is not divisible"),
     ],
 )
 def test_pretraining_options(option, words, data_dir, tmp_path, capsys, monkeypatch) -> None:
