@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=arguments.model,
         output_dir=Path(arguments.output_dir),
         glue_dir=Path(arguments.glue_dir) if arguments.glue_dir else None,
-        tasks=arguments.tasks.split(",") if arguments.tasks else [],
+        tasks=[name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else [],
     )
 
 

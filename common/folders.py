@@ -1,6 +1,7 @@
 """Folders that survive kills and explain themselves: atomic writes, checksums, and the record of how one was made."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -100,16 +101,21 @@ def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
         UserError: the folder belongs to another configuration, or to something else altogether.
     """
     check_folder(folder, config, may_change)
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-    _record_start(folder)
+    try:
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+        _record_start(folder)
+    except OSError as error:
+        raise UserError(f"can't write to {folder} ({error.strerror}): give another --output_dir") from None
 
 
 def check_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) -> None:
     """Refuse what :func:`claim_folder` would refuse, and write nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another --output_dir")
     resolved = _plain(config)
     recorded_file = folder / CONFIG_FILE
     if recorded_file.exists():
-        recorded = yaml.safe_load(recorded_file.read_text(encoding="utf-8"))
+        recorded = _read_config(recorded_file)
         differences = [name for name in _differences(recorded, resolved) if name.split(".")[0] not in may_change]
         if differences:
             described = "; ".join(_describe(recorded, resolved, differences))
@@ -117,8 +123,44 @@ def check_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
                 f"{folder} was made with another configuration ({described}):"
                 " use the same one to continue, or another --output_dir"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not ours (it has no {CONFIG_FILE}): give another --output_dir")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        recorded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UserError(f"{file} is damaged: give another --output_dir, or put the file right")
+    return recorded
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only one who writes to ``folder``, a claimed one; the system gives the lock up when the process ends.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+    try:
+        with file_lock(folder / ".lock", blocking=False):
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: wait for its end, or stop it") from None
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, blocking: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock, which the system gives up when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``blocking`` is False.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+        yield
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _demo_benchmark(argv: list[str]) -> None:
     """Write the synthetic benchmark of the demo, in GLUE's file layouts."""
     parser = command_parser("python -m data_prep demo_benchmark", _demo_benchmark.__doc__)
     parser.add_argument("--output_dir", type=str, required=True, help="the folder to make")
-    parser.add_argument("--seed", type=int, default=42, help="of the world and the rows; the corpus's own seed")
+    parser.add_argument("--seed", type=int, default=42, help="of the rows and of the words that training rows show")
     arguments = parse(parser, argv)
     write_demo_benchmark(Path(arguments.output_dir), arguments.seed)
     print(f"{arguments.output_dir}: a synthetic benchmark (not GLUE)")

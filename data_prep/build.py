@@ -7,6 +7,7 @@ where it was, with the same bytes.
 
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.folders import atomic_path, claim_folder, read_json, sha256_of_file, write_json
+from common.folders import atomic_path, claim_folder, only_writer, read_json, sha256_of_file, write_json
 from data_prep.corpus import Corpus, load_corpus, run_all, tokenize_corpus
 from data_prep.documents import Source, read_documents
 from data_prep.masking import MaskingRule, Vocabulary, mask_rows
@@ -72,6 +73,8 @@ class DataConfig:
             "validation_fraction must lie between 0 and 0.5": 0 < self.validation_fraction < 0.5,
             "rows_per_shard must be at least 1": self.rows_per_shard >= 1,
             "num_workers must be at least 1": self.num_workers >= 1,
+            "vocab_size must be from 100 to 2147483647": 100 <= self.vocab_size < 2**31,
+            "seed must be from 0 to 4294967295": 0 <= self.seed < 2**32,
         }
         for message, holds in checks.items():
             if not holds:
@@ -86,23 +89,55 @@ def build(config: DataConfig, output_dir: Path) -> dict[str, Any]:
     """
     work = output_dir / "work"
     complete = _is_complete(output_dir)
-    # What is not there is told before anything is written.
-    if not complete and next(read_documents(config.sources), None) is None:
-        raise UserError(
-            f"the sources hold no text: {', '.join(source.path or source.kind for source in config.sources)}"
-        )
-    claim_folder(output_dir, config, may_change=("num_workers",))
     if not complete:
-        _build_shards(config, output_dir, work)
-    shutil.rmtree(work, ignore_errors=True)
+        _check_sources(config)
+    claim_folder(output_dir, config, may_change=("num_workers",))
+    with only_writer(output_dir):
+        if not complete:
+            _remove_damaged(output_dir)
+            _build_shards(config, output_dir, work)
+        shutil.rmtree(work, ignore_errors=True)
     return read_json(output_dir / MANIFEST_FILE, "the manifest was just there")
 
 
+def _check_sources(config: DataConfig) -> None:
+    """What is not there is told before anything is written."""
+    for source in config.sources:
+        if next(read_documents([source]), None) is None:
+            raise UserError(f"source {source.path or source.kind} holds no text")
+    if config.tokenizer != TRAIN_A_TOKENIZER:
+        load_tokenizer(config.tokenizer)
+
+
 def _is_complete(folder: Path) -> bool:
-    manifest = folder / MANIFEST_FILE
-    return manifest.exists() and all(
-        (folder / shard["file"]).exists() for shard in read_json(manifest, "delete it and build again")["shards"]
-    )
+    """Whether everything that the manifest names is there; that it is undamaged, only :func:`verify` can tell."""
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    manifest = _recorded(folder)
+    tokenizer_is_there = _tokenizer_sha256(folder) == manifest["tokenizer_sha256"]
+    return tokenizer_is_there and all((folder / shard["file"]).exists() for shard in manifest["shards"])
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Of a folder that was complete once, remove what is not as it was, so that it is made again."""
+    if not (folder / MANIFEST_FILE).exists():
+        return
+    manifest = _recorded(folder)
+    if _tokenizer_sha256(folder) != manifest["tokenizer_sha256"]:
+        shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if path.exists() and sha256_of_file(path) != shard["sha256"]:
+            path.unlink()
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST_FILE, "delete it and build again")
+
+
+def _tokenizer_sha256(folder: Path) -> str | None:
+    file = folder / TOKENIZER_FOLDER / "tokenizer.json"
+    return sha256_of_file(file) if file.exists() else None
 
 
 def _build_shards(config: DataConfig, output_dir: Path, work: Path) -> None:
@@ -111,12 +146,16 @@ def _build_shards(config: DataConfig, output_dir: Path, work: Path) -> None:
     window = 2 * config.num_workers
     # 'spawn': a forked copy of a process with tokenizer threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.num_workers, mp_context=context) as executor:
+    with ProcessPoolExecutor(config.num_workers, context, initializer=_leave_ctrl_c_to_parent) as executor:
         corpus = _tokenize(config, output_dir, work, executor, window)
         tasks = _plan_shards(config, corpus)
         make = partial(_make_shard, output_dir=output_dir, work=work, vocabulary=vocabulary, config=config)
         shards = list(tqdm(run_all(executor, make, tasks, window), "shards", len(tasks), disable=None))
     write_json(output_dir / MANIFEST_FILE, _manifest(config, corpus, output_dir, vocabulary, shards))
+
+
+def _leave_ctrl_c_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _tokenize(config: DataConfig, output_dir: Path, work: Path, executor: Executor, window: int) -> Corpus:
@@ -238,7 +277,8 @@ def _manifest(
         "max_seq_length": config.max_seq_length,
         "max_predictions_per_seq": config.max_predictions_per_seq,
         "vocab_size": len(vocabulary.special),
-        "tokenizer_sha256": sha256_of_file(output_dir / TOKENIZER_FOLDER / "tokenizer.json"),
+        "pad_token_id": vocabulary.pad_id,
+        "tokenizer_sha256": _tokenizer_sha256(output_dir),
         "shards": [asdict(shard) for shard in shards],
         "config": {name: value for name, value in asdict(config).items() if name != "num_workers"},
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from common.folders import write_text
+from common.folders import claim_folder, write_text
 from data_prep import demo_world as world
 from data_prep.demo_world import Kind
 
@@ -38,8 +38,16 @@ class Vocabulary:
     adjectives: dict[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What a benchmark folder follows from."""
+
+    seed: int
+
+
 def write_demo_benchmark(output_dir: Path, seed: int) -> None:
     """Writes the three tasks and a README into `output_dir`; the same seed gives the same bytes."""
+    claim_folder(output_dir, BenchmarkConfig(seed))
     shown, unseen = split_vocabulary(seed)
     write_text(output_dir / "README.md", README)
     for task in TASKS:

@@ -58,6 +58,8 @@ def text_files(path: str) -> list[Path]:
         UserError: there are none.
     """
     place = Path(path)
+    if place.is_file():
+        return [place]
     if place.is_dir():
         files = [file for file in place.iterdir() if file.name.endswith((".txt", ".txt.gz"))]
     else:

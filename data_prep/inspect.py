@@ -73,5 +73,7 @@ def verify(manifest: Manifest) -> None:
 
 def inspect_folder(folder: Path, num_rows: int) -> str:
     """:func:`summary` and :func:`show_rows` of a folder."""
+    if num_rows < 1:
+        raise UserError(f"num_rows must be at least 1, not {num_rows}")
     manifest = read_manifest(folder)
     return f"{summary(manifest)}\n\n{show_rows(manifest, num_rows)}"

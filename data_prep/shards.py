@@ -71,6 +71,7 @@ class Manifest:
     vocab_size: int
     max_seq_length: int
     max_predictions_per_seq: int
+    pad_token_id: int
     tokenizer_sha256: str
     content: dict[str, Any]
 
@@ -103,16 +104,17 @@ def read_manifest(folder: Path) -> Manifest:
             folder=folder,
             shards=tuple(Shard(**shard) for shard in content["shards"]),
             content=content,
-            **{
-                name: content[name]
-                for name in ("vocab_size", "max_seq_length", "max_predictions_per_seq", "tokenizer_sha256")
-            },
+            vocab_size=content["vocab_size"],
+            max_seq_length=content["max_seq_length"],
+            max_predictions_per_seq=content["max_predictions_per_seq"],
+            pad_token_id=content["pad_token_id"],
+            tokenizer_sha256=content["tokenizer_sha256"],
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST_FILE} is not a manifest of ours ({error!r}): {advice}") from None
     tokenizer_file = manifest.tokenizer_folder / "tokenizer.json"
     if not tokenizer_file.is_file() or sha256_of_file(tokenizer_file) != manifest.tokenizer_sha256:
-        raise UserError(f"{tokenizer_file} is missing or not the tokenizer that made the shards: build the data again")
+        raise UserError(f"{tokenizer_file} is missing or not the tokenizer that made the shards: run build again")
     return manifest
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -31,7 +32,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = _load(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(
             f"can't load tokenizer '{name}' ({str(error).strip().splitlines()[0]}): "
             "give a hub id, a folder, a tokenizer.json or a vocab.txt"
@@ -39,21 +40,36 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     missing = [token for token in _SPECIAL_TOKENS if getattr(tokenizer, f"{token}_id") is None]
     if missing:
         raise UserError(f"tokenizer '{name}' has no {', '.join(missing)}: a masked language model needs it")
+    if tokenizer("")["input_ids"] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+        tokenizer.backend_tokenizer.post_processor = _bert_template(tokenizer)
     return tokenizer
+
+
+def _bert_template(tokenizer: PreTrainedTokenizerFast) -> TemplateProcessing:
+    """[CLS] and [SEP] around what it encodes, as in pretraining, for a tokenizer that adds none by itself."""
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    return TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(cls, tokenizer.cls_token_id), (sep, tokenizer.sep_token_id)],
+    )
 
 
 def _load(name: str) -> PreTrainedTokenizerFast:
     path = Path(name)
+    if path.suffix in (".txt", ".json") and not path.is_file():
+        raise OSError("no such file")
     if path.suffix == ".txt":
-        if not path.is_file():
-            raise OSError("no such file")
         tokens = path.read_text(encoding="utf-8").splitlines()
+        if missing := set(_SPECIAL_TOKENS.values()).difference(tokens):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         cased = any(token != token.lower() for token in tokens if not token.startswith("["))
         return BertTokenizer(vocab=name, do_lower_case=not cased)
     if path.suffix == ".json":
-        vocabulary = tokenizers.Tokenizer.from_file(name).get_vocab() if path.is_file() else {}
+        vocabulary = tokenizers.Tokenizer.from_file(name).get_vocab()
         special = {key: token for key, token in _SPECIAL_TOKENS.items() if token in vocabulary}
-        return PreTrainedTokenizerFast(tokenizer_file=name, **special)
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]  # BERT's
+        return PreTrainedTokenizerFast(tokenizer_file=name, model_input_names=inputs, **special)
     return AutoTokenizer.from_pretrained(name, use_fast=True)
 
 

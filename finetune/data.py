@@ -57,7 +57,11 @@ def read_tsv(task: Task, path: Path) -> Examples:
     if not path.is_file():
         raise UserError(f"{path} does not exist: {task.task_name} needs it; give --glue_dir a folder that has it")
     # Split on "\n" alone: the text itself holds other characters that Python counts as line ends.
-    lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     numbered = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line]
     columns = task.columns_without_header or (numbered.pop(0)[1] if numbered else [])
     wanted = [*task.sentence_columns, task.label_column]

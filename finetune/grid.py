@@ -2,9 +2,8 @@
 
 import itertools
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -13,13 +12,13 @@ import torch
 
 from common.cli import config_parser, parse, take_config
 from common.errors import UserError
-from common.folders import CONFIG_FILE, atomic_path, claim_folder, write_json
+from common.folders import CONFIG_FILE, claim_folder, only_writer, read_json, write_json
 from common.page import markdown_table
 from finetune.data import data_sha256, read_task, tokenize_task
 from finetune.model import check_model, find_model, load_tokenizer, model_fingerprint
 from finetune.report import PRETRAINING_FILE, score_tables, write_report
 from finetune.results import Results, collect_results
-from finetune.study import TrialStore, file_lock
+from finetune.study import TrialStore
 from finetune.tasks import TASKS
 from finetune.trial import Cell, Protocol
 from finetune.workers import Assignment, run_workers
@@ -70,12 +69,21 @@ class GridConfig:
     def __post_init__(self) -> None:
         if self.mnli_init:
             raise ValueError("mnli_init: true is not available yet: leave it out")
-        _check_axis("seeds", self.seeds, smallest=0)
+        _check_axis("seeds", self.seeds, smallest=0, largest=2**31 - 1)
+        if self.storage and re.search(r"://[^/@]*:[^/@]*@", self.storage):
+            raise ValueError(
+                "storage holds a password, which would be written into the output folder: leave it out of the URL and "
+                "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
+            )
         if not self.grids:
             raise ValueError("grids is empty: give at least one list of tasks")
         for index, grid in enumerate(self.grids):
-            for name, smallest in (("learning_rate", 1e-12), ("batch_size", 1), ("num_epochs", 1)):
-                _check_axis(f"grids[{index}].{name}", getattr(grid, name), smallest)
+            for name, smallest, largest in (
+                ("learning_rate", 1e-12, 1),
+                ("batch_size", 1, 2**31),
+                ("num_epochs", 1, 2**31),
+            ):
+                _check_axis(f"grids[{index}].{name}", getattr(grid, name), smallest, largest)
             if not grid.tasks:
                 raise ValueError(f"grids[{index}].tasks is empty")
         names = [name for grid in self.grids for name in grid.tasks]
@@ -104,13 +112,13 @@ class GridConfig:
         }
 
 
-def _check_axis(name: str, values: Sequence[float], smallest: float) -> None:
+def _check_axis(name: str, values: Sequence[float], smallest: float, largest: float) -> None:
     if not values:
         raise ValueError(f"{name} is empty: give at least one value")
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {values}")
-    if min(values) < smallest:
-        raise ValueError(f"{name} has {min(values)}: the smallest possible is {smallest:g}")
+    if min(values) < smallest or max(values) > largest:
+        raise ValueError(f"{name} has {min(values)} to {max(values)}: possible are {smallest:g} to {largest:g}")
 
 
 def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | None, tasks: Sequence[str]) -> None:
@@ -131,8 +139,10 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
     tokenizer = load_tokenizer(model_folder)
     check_model(model_folder, tokenizer, config.max_seq_length)
     data = {name: read_task(TASKS[name], glue_dir) for name in cells}
+    if config.storage:
+        _open_store(config, output_dir)  # what can't be opened is told before anything is written
     claim_folder(output_dir, config, may_change=("num_workers",))
-    with _only_run_in(output_dir):
+    with only_writer(output_dir):
         protocol = Protocol(config.max_seq_length, config.weight_decay, config.warmup_proportion)
         model_checksums = model_fingerprint(model_folder)
         data_checksums = {name: data_sha256(task_data) for name, task_data in data.items()}
@@ -160,15 +170,6 @@ def _select(cells: dict[str, list[Cell]], tasks: Sequence[str]) -> dict[str, lis
     return {name: task_cells for name, task_cells in cells.items() if not tasks or name in tasks}
 
 
-@contextmanager
-def _only_run_in(output_dir: Path) -> Iterator[None]:
-    try:
-        with file_lock(output_dir / ".run.lock", blocking=False):
-            yield
-    except BlockingIOError:
-        raise UserError(f"another run is at work in {output_dir}: wait for its end, or stop it") from None
-
-
 def _open_store(config: GridConfig, output_dir: Path) -> TrialStore:
     return TrialStore(_storage_url(config, output_dir), output_dir / CLAIM_LOCK_FILE)
 
@@ -183,9 +184,9 @@ def _model_name(folder: Path, model: str) -> str:
 
 
 def _copy_pretraining_record(model_folder: Path, output_dir: Path) -> None:
-    if (model_folder / PRETRAINING_FILE).exists():
-        with atomic_path(output_dir / PRETRAINING_FILE) as temporary:
-            shutil.copyfile(model_folder / PRETRAINING_FILE, temporary)
+    record = model_folder / PRETRAINING_FILE
+    if record.exists():
+        write_json(output_dir / PRETRAINING_FILE, read_json(record, "the model's own record; delete it to do without"))
 
 
 def _assignments(

@@ -5,10 +5,8 @@ claim them, and a trial's whole result lies in its user attributes. Optuna's gri
 failed trial as visited.
 """
 
-import contextlib
-import fcntl
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import UserError
+from common.folders import file_lock
 from finetune.trial import Cell
 
 MAX_ATTEMPTS: Final = 2
@@ -32,18 +31,6 @@ _DISTRIBUTIONS: Final = {
 }
 
 optuna.logging.set_verbosity(logging.WARNING)
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, blocking: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock, which the system gives up when the process ends, however it ends.
-
-    Raises:
-        BlockingIOError: another process holds it, and ``blocking`` is False.
-    """
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
-        yield
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def share_of_run(interval: str, run_seconds: float | None) -> float:
         ValueError: it is neither, or a duration in a run of ``max_steps``.
     """
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", interval.strip())
-    if percent and 0 < float(percent[1]) <= 100:
+    if percent:
+        if not 0 < float(percent[1]) <= 100:
+            raise ValueError(f"interval '{interval}' must be above 0 % and at most 100 %")
         return float(percent[1]) / 100
     if run_seconds is None:
         raise ValueError(f"interval '{interval}' has no meaning in a run of max_steps: give a share of it, like 10%")
@@ -52,6 +54,7 @@ class Budget:
         schedule_scale: length of the learning rate's schedule over the length of the run; 1 unless a run is only the
             first part of a longer schedule.
         elapsed_before: seconds that earlier parts of the run have spent.
+        step_seconds: how long their steps took, until this part has steps of its own to tell by.
         clock: monotonic seconds.
     """
 
@@ -61,6 +64,7 @@ class Budget:
         max_steps: int | None,
         schedule_scale: float = 1.0,
         elapsed_before: float = 0.0,
+        step_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert (seconds is None) != (max_steps is None)
@@ -68,8 +72,10 @@ class Budget:
         self.max_steps = max_steps
         self._schedule_scale = schedule_scale
         self._elapsed_before = elapsed_before
+        self._earlier_step_seconds = step_seconds
         self._clock = clock
         self._started: float | None = None
+        self._warmed_up = False
         self._recent_steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     def start(self) -> None:
@@ -108,18 +114,21 @@ class Budget:
         return progress / self._schedule_scale
 
     def record_step(self, seconds: float) -> None:
-        """Tell how long a step took."""
-        self._recent_steps.append(seconds)
+        """Tell how long a step took. A start's first one, which compiles and allocates, says nothing of the others."""
+        if self._warmed_up:
+            self._recent_steps.append(seconds)
+        self._warmed_up = True
+
+    @property
+    def step_seconds(self) -> float:
+        """How long a step takes: the slowest of the recent ones."""
+        return max(self._recent_steps, default=self._earlier_step_seconds)
 
     def has_room_for(self, step: int, extra_seconds: float = 0.0) -> bool:
-        """Whether one more step, and ``extra_seconds`` of other work, end within the budget.
-
-        The step is taken to last as long as the slowest of the recent ones.
-        """
+        """Whether one more step, and ``extra_seconds`` of other work, end within the budget."""
         if self.max_steps is not None:
             return step < self.max_steps
-        needed = max(self._recent_steps, default=0.0) + extra_seconds
-        return self.elapsed() + needed < self.seconds
+        return self.elapsed() + self.step_seconds + extra_seconds < self.seconds
 
 
 class Cadence:
@@ -190,14 +199,15 @@ class Director:
 
     def _decide(self, step: int) -> Decision:
         progress = self._budget.progress(step)
+        validate_seconds, save_seconds = self._slowest["validate"], self._slowest["save"]
+        validate = self._validation.is_due(progress) and self._budget.has_room_for(step, validate_seconds)
+        validation_seconds = validate_seconds if validate else 0.0
         return Decision(
             progress=progress,
             schedule_position=self._budget.schedule_position(progress),
             elapsed_seconds=self._budget.elapsed(),
             stop=not self._budget.has_room_for(step),
-            validate=self._fits("validate", self._validation, progress, step),
-            save=self._fits("save", self._checkpoint, progress, step),
+            validate=validate,
+            save=self._checkpoint.is_due(progress)
+            and self._budget.has_room_for(step, validation_seconds + save_seconds),
         )
-
-    def _fits(self, action: str, cadence: Cadence, progress: float, step: int) -> bool:
-        return cadence.is_due(progress) and self._budget.has_room_for(step, extra_seconds=self._slowest[action])

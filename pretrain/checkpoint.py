@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.folders import read_json, write_json, write_text
@@ -11,6 +12,19 @@ from pretrain.engine import PretrainEngine
 _LATEST_FILE = "latest"
 _STATE_FILE = "state.json"
 _WRITING = "writing"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a checkpoint can be resumed with."""
+
+    manifest_sha256: str
+    """The data that the position refers to."""
+    architecture: dict[str, Any]
+    """All numbers of the model."""
+    zero_stage: int
+    """DeepSpeed's: stage 0 checkpoints load on any number of processes, sharded ones on the same number only."""
+    world_size: int
 
 
 @dataclass(frozen=True)
@@ -24,8 +38,9 @@ class TrainState:
     elapsed_seconds: float
     """Budget spent."""
     micro_batch_size: int
-    manifest_sha256: str
-    """The data that the position refers to."""
+    step_seconds: float
+    """How long the latest steps took."""
+    setting: Setting
 
 
 class Checkpoints:
@@ -44,6 +59,8 @@ class Checkpoints:
     def save(self, engine: PretrainEngine, state: TrainState) -> None:
         """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place."""
         name = f"step-{state.step:08d}"
+        if self.latest() == self._folder / name:
+            return
         if self._rank == 0:
             shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +69,9 @@ class Checkpoints:
         engine.barrier()
         if self._rank == 0:
             write_json(self._folder / _WRITING / _STATE_FILE, asdict(state))
-            shutil.rmtree(self._folder / name, ignore_errors=True)  # of a start that was killed before pointing at it
+            for path in self._folder.glob("step-*"):
+                if path.name >= name:  # of a start that was killed before it could point there
+                    shutil.rmtree(path)
             (self._folder / _WRITING).rename(self._folder / name)
             write_text(self._folder / _LATEST_FILE, name + "\n")
             self._remove_old()
@@ -64,18 +83,42 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
-def read_state(checkpoint: Path, manifest_sha256: str) -> TrainState:
+def read_state(checkpoint: Path) -> TrainState:
     """The state of a checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, or it belongs to other data.
+        UserError: there is no checkpoint.
     """
-    state = TrainState(**read_json(checkpoint / _STATE_FILE, "this is not a checkpoint of ours"))
-    if state.manifest_sha256 != manifest_sha256:
+    advice = "this is not a checkpoint of ours"
+    content = read_json(checkpoint / _STATE_FILE, advice)
+    try:
+        return TrainState(**{**content, "setting": Setting(**content["setting"])})
+    except (TypeError, KeyError):
+        raise UserError(f"{checkpoint / _STATE_FILE}: {advice}") from None
+
+
+def check_resumable(checkpoint: Path, saved: Setting, now: Setting) -> None:
+    """Refuse to go on from a checkpoint that was saved with another ``Setting``.
+
+    Raises:
+        UserError: data, architecture or the way the optimizer's state is sharded differ.
+    """
+    if saved.manifest_sha256 != now.manifest_sha256:
         raise UserError(
             f"{checkpoint} was trained on another data folder: give that --data_dir, or another --output_dir"
         )
-    return state
+    if saved.architecture != now.architecture:
+        different = [name for name, value in now.architecture.items() if saved.architecture.get(name) != value]
+        raise UserError(f"{checkpoint} is of another architecture: {', '.join(different)} differ")
+    if saved.zero_stage != now.zero_stage:
+        raise UserError(
+            f"{checkpoint} was saved at ZeRO stage {saved.zero_stage}, ds_config has stage {now.zero_stage}"
+        )
+    if saved.zero_stage and saved.world_size != now.world_size:
+        raise UserError(
+            f"{checkpoint} was saved by {saved.world_size} processes at ZeRO stage {saved.zero_stage}, a part each: "
+            f"start {saved.world_size} processes, not {now.world_size}"
+        )
 
 
 def load_weights(engine: PretrainEngine, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from common.errors import UserError
 from data_prep.shards import Rows
@@ -98,8 +99,10 @@ def load_ds_config(name: str) -> dict[str, Any]:
     except OSError:
         known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
         raise UserError(f"ds_config {name} can't be read: give 'auto' or a file; ds_configs/ has {known}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"ds_config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"ds_config {path} is not a JSON object of DeepSpeed's settings")
     foreign = [key for key in _OWNED_ELSEWHERE if key in config]
     if foreign:
         raise UserError(f"ds_config {path} sets {', '.join(foreign)}: set it in the pretraining configuration instead")
@@ -110,6 +113,11 @@ def _hardware_precision() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """What DeepSpeed shards: 0 nothing, 1 the optimizer's state."""
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
 def autocast_dtype(ds_config: dict[str, Any]) -> torch.dtype | None:
@@ -203,6 +211,8 @@ class PretrainEngine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read them again; every rank calls it."""
+        # A plain dataclass in DeepSpeed's ZeRO files, the only name in them that is not torch's own.
+        torch.serialization.add_safe_globals([fragment_address])
         self._engine.load_checkpoint(str(folder), tag=tag)
 
     def barrier(self) -> None:

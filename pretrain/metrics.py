@@ -5,10 +5,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pretrain.engine import PretrainEngine
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,7 +31,7 @@ class MetricsWriter:
         self._active = rank == 0
         if not self._active:
             return
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._file = _open_at_a_new_line(folder / METRICS_FILE)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit}, {remaining} left{postfix}"
         self._bar = tqdm(desc="pretraining", total=total, unit=unit, initial=spent, bar_format=layout, disable=None)
@@ -63,21 +66,67 @@ class MetricsWriter:
             self._file.close()
 
 
+class StepAverages:
+    """Sums over the steps since the last line of the log; the loss stays on the device until then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss_sum = torch.zeros((), device=self._device)
+        self._predictions = self._sequences = 0
+        self._latest: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def add(
+        self, loss_sum: torch.Tensor, predictions: int, sequences: int, learning_rate: float, progress: float
+    ) -> None:
+        """Count one step: this rank's summed loss, all ranks' predictions and sequences."""
+        self._loss_sum += loss_sum
+        self._predictions += predictions
+        self._sequences += sequences
+        self._latest = {"learning_rate": learning_rate, "progress": progress}
+
+    def flush(self, engine: PretrainEngine) -> dict[str, float]:
+        """Mean loss, speed, and the last step's learning rate and progress; nothing when no step was counted."""
+        if not self._sequences:
+            return {}
+        (loss_sum,) = engine.sum_over_ranks(self._loss_sum.item())
+        seconds = time.perf_counter() - self._started
+        values = {
+            "loss": loss_sum / self._predictions,
+            **self._latest,
+            "sequences_per_second": round(self._sequences / seconds, 2),
+        }
+        self._reset()
+        return values
+
+
+def _open_at_a_new_line(path: Path) -> TextIO:
+    """Open for appending, behind a line that a kill may have cut short."""
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8")
+    if cut_short:
+        file.write("\n")
+    return file
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order, without those that a resume took back."""
+    """The events of a run, in order, without those that a later start took back by going on from an earlier step."""
     events: list[dict[str, Any]] = []
     for event in _all_events(folder):
-        if event["event"] == "resume":
+        if event["event"] == "start":
             events = [earlier for earlier in events if earlier["step"] <= event["step"]]
         events.append(event)
     return events
 
 
 def lost_seconds(folder: Path) -> float:
-    """Seconds of work that kills have destroyed: what the record shows beyond the checkpoint of each resume."""
+    """Seconds of work that kills have destroyed: what the record shows beyond the point where each start went on."""
     lost = furthest = 0.0
     for event in _all_events(folder):
-        if event["event"] == "resume":
+        if event["event"] == "start":
             lost += max(0.0, furthest - event["elapsed_seconds"])
             furthest = event["elapsed_seconds"]
         furthest = max(furthest, event["elapsed_seconds"])

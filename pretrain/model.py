@@ -52,6 +52,17 @@ class ModelConfig:
     initializer_range: float = 0.02
     """standard deviation of the normal distribution that weights start from; biases start at zero"""
 
+    def __post_init__(self) -> None:
+        sizes = "num_hidden_layers hidden_size num_attention_heads intermediate_size max_position_embeddings".split()
+        for name in sizes:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, not {value}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be from 0 to below 1, not {getattr(self, name)}")
+        if self.layer_norm_eps <= 0 or self.initializer_range <= 0:
+            raise ValueError("model.layer_norm_eps and model.initializer_range must be above 0")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -83,14 +94,14 @@ def resolve(config: ModelConfig, vocab_size: int, max_seq_length: int, pad_token
     Raises:
         ValueError: the sizes contradict each other.
     """
-    layers, hidden, heads = PRESETS[config.preset]
-    hidden = config.hidden_size or hidden
+    layers, preset_hidden, heads = PRESETS[config.preset]
+    hidden = preset_hidden if config.hidden_size is None else config.hidden_size
     architecture = Architecture(
         layer_norm=config.layer_norm,
-        num_hidden_layers=config.num_hidden_layers or layers,
+        num_hidden_layers=layers if config.num_hidden_layers is None else config.num_hidden_layers,
         hidden_size=hidden,
-        num_attention_heads=config.num_attention_heads or heads,
-        intermediate_size=config.intermediate_size or 4 * hidden,
+        num_attention_heads=heads if config.num_attention_heads is None else config.num_attention_heads,
+        intermediate_size=4 * hidden if config.intermediate_size is None else config.intermediate_size,
         hidden_dropout_prob=config.hidden_dropout_prob,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         max_position_embeddings=config.max_position_embeddings or max_seq_length,

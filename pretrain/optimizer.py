@@ -24,6 +24,12 @@ class OptimizerConfig:
     adam_epsilon: float = 1e-6
     """added to the denominator"""
 
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.weight_decay < 0 or self.adam_epsilon <= 0:
+            raise ValueError("optimizer: learning_rate and adam_epsilon must be above 0, weight_decay not below")
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError("optimizer: adam_beta1 and adam_beta2 must be from 0 to below 1")
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and embeddings only. The learning rate is set at every step."""

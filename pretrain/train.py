@@ -1,20 +1,21 @@
 """A pretraining run: everything checked first, then steps until the budget ends, then the model folder."""
 
+import contextlib
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from common.errors import UserError
-from common.folders import check_folder, claim_folder, write_json
+from common.folders import check_folder, claim_folder, only_writer, write_json
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.batches import BatchPlan, TrainingBatches, validation_batches
 from pretrain.budget import Budget, Cadence, Decision, Director, parse_duration, share_of_run
-from pretrain.checkpoint import Checkpoints, TrainState, load_weights, read_state
+from pretrain.checkpoint import Checkpoints, Setting, TrainState, check_resumable, load_weights, read_state
 from pretrain.engine import (
     PretrainEngine,
     Processes,
@@ -22,9 +23,10 @@ from pretrain.engine import (
     load_ds_config,
     start_processes,
     stop_processes,
+    zero_stage,
 )
 from pretrain.export import export
-from pretrain.metrics import MetricsWriter, curves, lost_seconds, read_metrics
+from pretrain.metrics import MetricsWriter, StepAverages, curves, lost_seconds, read_metrics
 from pretrain.micro_batch import find_micro_batch_size
 from pretrain.model import Architecture, MaskedLanguageModel, ModelConfig, resolve
 from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -86,6 +88,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.schedule_scale < 1:
             raise ValueError(f"schedule_length {self.schedule_length} is shorter than time_budget {self.time_budget}")
         self.cadences()
@@ -122,47 +126,50 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     manifest = read_manifest(data_dir)
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
-    architecture = _architecture(config, manifest)
+    try:
+        architecture = resolve(config.model, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
     ds_config = load_ds_config(config.ds_config)
     check_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
     if (output_dir / SUMMARY_FILE).exists():
         print(f"{output_dir} is complete: the model is in {output_dir / MODEL_FOLDER}")
         return
-    checkpoint, state = _find_checkpoint(config, output_dir, manifest)
+    checkpoint = _find_checkpoint(config, output_dir)
+    state = read_state(checkpoint) if checkpoint else None
     processes = start_processes()
     try:
-        # A batch that does not divide is refused before anything is written.
-        BatchPlan(
-            config.train_batch_size,
-            1 if config.micro_batch_size == "auto" else config.micro_batch_size,
-            processes.world_size,
-        )
-        if processes.rank == 0:
-            claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
-        Pretrainer(config, architecture, ds_config, manifest, output_dir, checkpoint, state, processes).run()
+        setting = Setting(manifest.sha256, asdict(architecture), zero_stage(ds_config), processes.world_size)
+        # What doesn't fit is refused before anything is written.
+        if checkpoint and state:
+            check_resumable(checkpoint, state.setting, setting)
+        smallest = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+        BatchPlan(config.train_batch_size, smallest, processes.world_size)
+        with _claimed(output_dir, config, processes.rank):
+            run = Pretrainer(config, architecture, ds_config, manifest, output_dir, setting, state, processes)
+            run.prepare(checkpoint)
+            run.train()
     finally:
         stop_processes()
 
 
-def _architecture(config: PretrainConfig, manifest: Manifest) -> Architecture:
-    tokenizer = AutoTokenizer.from_pretrained(manifest.tokenizer_folder)
-    try:
-        return resolve(config.model, manifest.vocab_size, manifest.max_seq_length, tokenizer.pad_token_id)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
+@contextlib.contextmanager
+def _claimed(output_dir: Path, config: PretrainConfig, rank: int) -> Iterator[None]:
+    """Rank 0 writes, and alone."""
+    if rank:
+        yield
+        return
+    claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
+    with only_writer(output_dir):
+        yield
 
 
-def _find_checkpoint(
-    config: PretrainConfig, output_dir: Path, manifest: Manifest
-) -> tuple[Path | None, TrainState | None]:
-    """The checkpoint to go on from and its state; (None, None) for a fresh start."""
+def _find_checkpoint(config: PretrainConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from; None for a fresh start."""
     own = _checkpoints(config, output_dir, rank=0).latest()
     if own and config.resume == "never":
         raise UserError(f"{output_dir} has checkpoints and resume is 'never': give another --output_dir")
-    checkpoint = own or (None if config.resume in ("auto", "never") else Path(config.resume))
-    if checkpoint is None:
-        return None, None
-    return checkpoint, read_state(checkpoint, manifest.sha256)
+    return own or (None if config.resume in ("auto", "never") else Path(config.resume))
 
 
 def _checkpoints(config: PretrainConfig, output_dir: Path, rank: int) -> Checkpoints:
@@ -179,42 +186,57 @@ class Pretrainer:
         ds_config: dict[str, Any],
         manifest: Manifest,
         output_dir: Path,
-        checkpoint: Path | None,
+        setting: Setting,
         state: TrainState | None,
         processes: Processes,
     ) -> None:
         self._config = config
+        self._architecture = architecture
+        self._ds_config = ds_config
         self._manifest = manifest
         self._output_dir = output_dir
+        self._setting = setting
         self._processes = processes
+        self._state = state
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
-        elapsed = state.elapsed_seconds if state else 0.0
-        self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed)
-        self._budget.start()
-        spent = self._budget.spent(self._step)
-        self._metrics = MetricsWriter(output_dir, processes.rank, self._budget.total, self._budget.unit, spent)
-        if state:
-            self._metrics.write("resume", self._step, elapsed)
-        torch.manual_seed(config.seed)
-        model = MaskedLanguageModel(architecture).to(processes.device)
-        self._plan = self._plan_batches(model, ds_config, state)
-        self._metrics.say(f"{self._plan} on {processes.hardware}")
-        if config.kernels == "compile" or (config.kernels == "auto" and processes.device.type == "cuda"):
-            model.compile()
-        optimizer = build_optimizer(model, config.optimizer)
-        self._engine = PretrainEngine(model, optimizer, ds_config, self._plan, config.gradient_clipping, processes)
+        elapsed, step_seconds = (state.elapsed_seconds, state.step_seconds) if state else (0.0, 0.0)
+        self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed, step_seconds)
+        self._validation, self._saving = config.cadences()
+        for cadence in (self._validation, self._saving):
+            cadence.skip_to(self._budget.progress(self._step))
+        self._director = Director(self._budget, self._validation, self._saving, processes.cpu_group)
         self._checkpoints = _checkpoints(config, output_dir, processes.rank)
+        self._averages = StepAverages(processes.device)
+
+    def prepare(self, checkpoint: Path | None) -> None:
+        """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
+        if self._budget.has_room_for(self._step):  # otherwise only the closing is left, which does not count
+            self._budget.start()
+        spent = self._budget.spent(self._step)
+        self._metrics = MetricsWriter(
+            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent
+        )
+        self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
+        torch.manual_seed(self._config.seed)
+        model = MaskedLanguageModel(self._architecture).to(self._processes.device)
+        self._plan = self._plan_batches(model)
+        self._metrics.say(f"{self._plan} on {self._processes.hardware}")
+        if self._config.kernels == "compile" or (
+            self._config.kernels == "auto" and self._processes.device.type == "cuda"
+        ):
+            model.compile()
+        optimizer = build_optimizer(model, self._config.optimizer)
+        self._engine = PretrainEngine(
+            model, optimizer, self._ds_config, self._plan, self._config.gradient_clipping, self._processes
+        )
         if checkpoint:
             load_weights(self._engine, checkpoint)
-        self._batches = TrainingBatches(manifest, self._plan, processes.rank, config.seed, self._sequences_seen)
-        validation, saving = config.cadences()
-        for cadence in (validation, saving):
-            cadence.skip_to(self._budget.progress(self._step) if state else 0.0)
-        self._director = Director(self._budget, validation, saving, processes.cpu_group)
-        self._since_log = _SinceLog(processes.device)
+        self._batches = TrainingBatches(
+            self._manifest, self._plan, self._processes.rank, self._config.seed, self._sequences_seen
+        )
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Train until the budget ends, then write the model folder and the summary."""
         while not (decision := self._director.decide(self._step)).stop:
             self._train_step(decision)
@@ -224,25 +246,26 @@ class Pretrainer:
                 self._timed("save", self._save)
         self._close()
 
-    def _plan_batches(
-        self, model: MaskedLanguageModel, ds_config: dict[str, Any], state: TrainState | None
-    ) -> BatchPlan:
+    def _plan_batches(self, model: MaskedLanguageModel) -> BatchPlan:
         world_size, batch_size = self._processes.world_size, self._config.train_batch_size
         size = self._config.micro_batch_size
-        if size == "auto" and state:
-            size = state.micro_batch_size
-        elif size == "auto":
-            speeds = find_micro_batch_size(
-                model, self._manifest, batch_size // world_size, self._processes.device, autocast_dtype(ds_config)
-            )
-            if not speeds:
-                raise UserError("out of memory at the smallest micro-batch: take a smaller model or max_seq_length")
-            fastest = torch.tensor(max(speeds, key=speeds.__getitem__))
-            torch.distributed.broadcast(fastest, src=0, group=self._processes.cpu_group)
-            size = int(fastest)
-            tried = ", ".join(f"{tried_size}: {speed:.0f}" for tried_size, speed in speeds.items())
-            self._metrics.say(f"micro_batch_size {size}; sequences a second by size: {tried}")
+        if size == "auto":
+            size = self._state.micro_batch_size if self._state else 0
+            if not size or batch_size % (size * world_size):
+                size = self._search_micro_batch_size(model, batch_size // world_size)
         return BatchPlan(batch_size, size, world_size)
+
+    def _search_micro_batch_size(self, model: MaskedLanguageModel, rank_batch_size: int) -> int:
+        """The fastest size on rank 0, for all ranks."""
+        dtype = autocast_dtype(self._ds_config)
+        speeds = find_micro_batch_size(model, self._manifest, rank_batch_size, self._processes.device, dtype)
+        if not speeds:
+            raise UserError("out of memory at the smallest micro-batch: take a smaller model or max_seq_length")
+        fastest = torch.tensor(max(speeds, key=speeds.__getitem__))
+        torch.distributed.broadcast(fastest, src=0, group=self._processes.cpu_group)
+        tried = ", ".join(f"{size}: {speed:.0f}" for size, speed in speeds.items())
+        self._metrics.say(f"micro_batch_size {fastest}; sequences a second by size: {tried}")
+        return int(fastest)
 
     def _train_step(self, decision: Decision) -> None:
         started = time.perf_counter()
@@ -253,7 +276,7 @@ class Pretrainer:
         loss_sum = self._engine.train_step(batch.rows, batch.num_predictions, learning_rate, self._dropout_seed())
         self._step += 1
         self._sequences_seen += self._plan.train_batch_size
-        self._since_log.add(
+        self._averages.add(
             loss_sum, batch.num_predictions, self._plan.train_batch_size, learning_rate, decision.progress
         )
         self._budget.record_step(time.perf_counter() - started)
@@ -267,7 +290,7 @@ class Pretrainer:
 
     def _log(self) -> None:
         """Write what the steps since the last line have measured; every rank calls it."""
-        values = self._since_log.flush(self._engine)
+        values = self._averages.flush(self._engine)
         if not values:
             return
         if not torch.isfinite(torch.tensor(values["loss"])):
@@ -297,16 +320,18 @@ class Pretrainer:
         return loss
 
     def _save(self) -> None:
-        self._checkpoints.save(self._engine, self._state(self._budget.elapsed()))
+        self._log()  # stops a run that has diverged before its weights replace good ones
+        self._checkpoints.save(self._engine, self._current_state())
         self._metrics.write("checkpoint", self._step, self._budget.elapsed())
 
-    def _state(self, elapsed_seconds: float) -> TrainState:
+    def _current_state(self) -> TrainState:
         return TrainState(
             step=self._step,
             sequences_seen=self._sequences_seen,
-            elapsed_seconds=elapsed_seconds,
+            elapsed_seconds=self._budget.elapsed(),
             micro_batch_size=self._plan.micro_batch_size,
-            manifest_sha256=self._manifest.sha256,
+            step_seconds=self._budget.step_seconds,
+            setting=self._setting,
         )
 
     def _close(self) -> None:
@@ -316,7 +341,7 @@ class Pretrainer:
         self._log()
         self._batches.close()
         elapsed = self._budget.elapsed()
-        self._checkpoints.save(self._engine, self._state(elapsed))
+        self._checkpoints.save(self._engine, self._current_state())
         validation_loss = self._validate()
         summary = {
             "elapsed_seconds": round(elapsed, 3),
@@ -344,40 +369,3 @@ class Pretrainer:
             )
         self._metrics.close()
         self._engine.barrier()
-
-
-class _SinceLog:
-    """Sums over the steps since the last line of the log; the loss stays on the device until then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss_sum = torch.zeros((), device=self._device)
-        self._predictions = self._sequences = 0
-        self._latest: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    def add(
-        self, loss_sum: torch.Tensor, predictions: int, sequences: int, learning_rate: float, progress: float
-    ) -> None:
-        """Count one step: this rank's summed loss, all ranks' predictions and sequences."""
-        self._loss_sum += loss_sum
-        self._predictions += predictions
-        self._sequences += sequences
-        self._latest = {"learning_rate": learning_rate, "progress": progress}
-
-    def flush(self, engine: PretrainEngine) -> dict[str, float]:
-        """Mean loss, speed, and the last step's learning rate and progress; nothing when no step was counted."""
-        if not self._sequences:
-            return {}
-        (loss_sum,) = engine.sum_over_ranks(self._loss_sum.item())
-        seconds = time.perf_counter() - self._started
-        values = {
-            "loss": loss_sum / self._predictions,
-            **self._latest,
-            "sequences_per_second": round(self._sequences / seconds, 2),
-        }
-        self._reset()
-        return values

@@ -1,5 +1,6 @@
 """What users get wrong ends in one clear line and exit code 2, and nothing of theirs is written over."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def build_arguments(path: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "matches no file"), ({}, "holds no *.txt"), ({"a.txt": " \n\n \n"}, "hold no text")]
+    ("content", "words"), [(None, "matches no file"), ({}, "holds no *.txt"), ({"a.txt": " \n\n \n"}, "holds no text")]
 )
 def test_text_that_is_not_there(content, words, tmp_path, capsys, monkeypatch) -> None:
     folder = tmp_path / "text"
@@ -58,11 +59,51 @@ def test_text_that_is_not_there(content, words, tmp_path, capsys, monkeypatch) -
         (["--sources", '[{"kind": "text", "path": null}]'], "needs a path"),
         (["--tokenizer", "nowhere/vocab.txt"], "nowhere/vocab.txt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--vocab_size", "-5"], "vocab_size"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_data_options(option, words, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
     fails_with(capsys, monkeypatch, build_arguments(tmp_path, tmp_path / "out", *option), words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[PAD]\n[UNK]\n"])
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+def test_a_tokenizer_file_that_is_damaged(name, content, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.md").write_text("One document.\n\nAnother one.\n")
+    (tmp_path / name).write_text(content)
+    arguments = build_arguments(tmp_path / "a.md", tmp_path / "out", "--tokenizer", str(tmp_path / name))
+    fails_with(capsys, monkeypatch, arguments, str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_of_two_sources_is_missing(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.md").write_text("One document.\n\nAnother one.\n")
+    sources = [{"kind": "text", "path": str(tmp_path / name)} for name in ("a.md", "b.md")]
+    arguments = [
+        "build",
+        "--sources",
+        json.dumps(sources),
+        "--tokenizer",
+        "train",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    fails_with(capsys, monkeypatch, arguments, "b.md")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    fails_with(capsys, monkeypatch, build_arguments(tmp_path, tmp_path / "a.txt"), "is a file")
+
+
+def test_a_benchmark_is_not_written_into_a_folder_of_something_else(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    fails_with(capsys, monkeypatch, ["demo_benchmark", "--output_dir", str(tmp_path)], "not ours")
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_vocabulary_without_mask(tmp_path, capsys, monkeypatch) -> None:
@@ -109,6 +150,11 @@ def pretrain_arguments(data_dir: Path, output: Path, *more: str) -> list[str]:
         (["--model.num_attention_heads", "7"], "not divisible by num_attention_heads"),
         (["--model.max_position_embeddings", "32"], "max_position_embeddings"),
         (["--learning_rate", "1e-3"], "learning_rate"),
+        (["--optimizer.learning_rate", "-1"], "learning_rate"),
+        (["--model.num_hidden_layers", "0"], "num_hidden_layers"),
+        (["--model.hidden_dropout_prob", "2"], "hidden_dropout_prob"),
+        (["--validation_interval", "200%"], "at most 100"),
+        (["--seed", "-1"], "seed"),
         (["--warmup_proportion", "6"], "warmup_proportion"),
         (["--ds_config", "nowhere.json"], "nowhere.json"),
         (["--resume", "nowhere"], "nowhere"),

@@ -16,6 +16,7 @@ import datasets
 import h5py
 import numpy as np
 import pytest
+import tokenizers
 
 from common.errors import UserError
 from data_prep.build import DataConfig, build
@@ -23,6 +24,7 @@ from data_prep.demo_corpus import demo_documents
 from data_prep.documents import Source, read_documents
 from data_prep.inspect import inspect_folder, verify
 from data_prep.shards import SplitReader, read_manifest
+from data_prep.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,24 @@ def test_text_documents_end_at_blank_lines(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\n \nthree\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text("\nfour", encoding="utf-8")
     assert list(read_documents([Source("text", str(tmp_path))])) == ["one\ntwo", "three", "four"]
+
+
+def test_a_rebuild_makes_damaged_shards_and_tokenizers_again(folder, config, tmp_path) -> None:
+    build(config, tmp_path / "data")
+    damaged, missing = tmp_path / "data" / "train-00000.h5", tmp_path / "data" / "train-00001.h5"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    missing.unlink()
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
+    build(config, tmp_path / "data")
+    assert shard_bytes(tmp_path / "data") == shard_bytes(folder)
+    verify(read_manifest(tmp_path / "data"))
+
+
+def test_a_tokenizer_without_a_template_gets_berts(tmp_path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "heron", "bird"]
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    bare.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bare.save(str(tmp_path / "bare.json"))
+    encoded = load_tokenizer(str(tmp_path / "bare.json"))("heron", "bird")
+    assert encoded["input_ids"] == [2, 5, 3, 6, 3]
+    assert encoded["token_type_ids"] == [0, 0, 0, 1, 1]

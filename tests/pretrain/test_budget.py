@@ -113,3 +113,20 @@ def test_the_learning_rate_rises_linearly_and_falls_to_exactly_zero() -> None:
     assert lr_multiplier(1.0, 0.06) == 0.0
     assert lr_multiplier(1.7, 0.06) == 0.0
     assert lr_multiplier(0.0, 0.0) == 1.0
+
+
+def test_a_slow_first_step_does_not_end_the_run() -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=150.0, max_steps=None, clock=clock)
+    budget.start()
+    clock.now += 80.0
+    budget.record_step(80.0)  # compilation
+    assert budget.has_room_for(1)
+    clock.now += 1.0
+    budget.record_step(1.0)
+    assert budget.step_seconds == 1.0
+
+
+def test_a_resume_near_the_end_knows_how_long_a_step_takes() -> None:
+    budget = Budget(seconds=100.0, max_steps=None, elapsed_before=97.0, step_seconds=5.0)
+    assert not budget.has_room_for(20)

@@ -13,7 +13,7 @@ def killed_twice(tmp_path) -> Path:
     lines = [
         f'{{"event": "train", "step": {s}, "elapsed_seconds": {s}, "loss": 1, "learning_rate": 0}}' for s in range(1, 8)
     ]
-    resume = '{"event": "resume", "step": 4, "elapsed_seconds": 4}'
+    resume = '{"event": "start", "step": 4, "elapsed_seconds": 4}'
     again = '{"event": "train", "step": 5, "elapsed_seconds": 5, "loss": 2, "learning_rate": 0}'
     cut_short = '{"event": "train", "st'
     (tmp_path / METRICS_FILE).write_text("\n".join([*lines, cut_short, resume, again, resume, again]) + "\n")

@@ -104,7 +104,7 @@ def test_a_run_that_was_killed_ends_with_exactly_the_uninterrupted_weights(
     arguments = command(torchrun(free_port), config, data_dir, run)
     kill_at_first_checkpoint(arguments, run)
     finish(arguments)
-    resume = next(event for event in read_metrics(run) if event["event"] == "resume")
+    resume = [event for event in read_metrics(run) if event["event"] == "start"][-1]
     assert 0 < resume["step"] < 24
     expected = weights(uninterrupted)
     for name, tensor in weights(run).items():
@@ -130,7 +130,7 @@ def test_a_killed_run_keeps_its_budget_within_a_step(budgeted) -> None:
     elapsed = summary(budgeted)["elapsed_seconds"]
     assert elapsed <= 10.0 + max(steps)
     assert elapsed >= 10.0 - 3 * max(steps)
-    resume = next(event for event in read_metrics(budgeted) if event["event"] == "resume")
+    resume = [event for event in read_metrics(budgeted) if event["event"] == "start"][-1]
     assert resume["step"] > 0
     assert summary(budgeted)["steps"] == events[-1]["step"] > resume["step"]
 
@@ -164,3 +164,19 @@ def test_a_finished_run_is_left_alone(budgeted, config, data_dir) -> None:
     overrides = ["--time_budget", "10s", "--max_steps", "null", "--checkpoint_interval", "10%"]
     finish(command([sys.executable], config, data_dir, budgeted, *overrides))
     assert {path: path.stat().st_mtime_ns for path in budgeted.rglob("*") if path.is_file()} == before
+
+
+def test_a_sharded_checkpoint_resumes_on_as_many_processes_only(config, data_dir, tmp_path, free_port) -> None:
+    run = tmp_path / "zero1"
+    overrides = ["--ds_config", "ds_configs/bf16_zero1.json", "--max_steps", "4"]
+    finish(command(torchrun(free_port), config, data_dir, run, *overrides))
+    trained = weights(run)
+    (run / "summary.json").unlink()
+    refused = subprocess.run(
+        command([sys.executable], config, data_dir, run, *overrides), cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "start 2 processes, not 1" in refused.stderr.splitlines()[-1]
+    finish(command(torchrun(free_port), config, data_dir, run, *overrides))
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, trained[name]), name
