@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from finetune.study import MAX_ATTEMPTS, TrialStore, file_lock
+from common.folders import file_lock
+from finetune.study import MAX_ATTEMPTS, TrialStore
 from finetune.trial import Cell
 
 CELLS = [Cell("rte", rate, 32, 3, "pretrained", seed) for rate in (1e-5, 3e-5) for seed in (1, 2, 3)]
