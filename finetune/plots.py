@@ -26,10 +26,10 @@ def scores_figure(trials: Sequence[Mapping[str, Any]]) -> Figure:
     num_columns = min(_PANELS_PER_ROW, len(task_names))
     num_rows = -(-len(task_names) // num_columns)
     figure = Figure(figsize=(3.6 * num_columns, 3.2 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes, task_name in zip(panels, task_names, strict=False):
         _score_panel(axes, task_name, [trial for trial in trials if trial["task_name"] == task_name])
-    for axes in list(panels):
+    for axes in panels[len(task_names) :]:
         axes.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)

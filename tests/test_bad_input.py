@@ -1,9 +1,11 @@
 """What users get wrong ends in one clear line and exit code 2, and nothing of theirs is written over."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tokenizers
@@ -22,7 +24,8 @@ def fails_with(capsys, monkeypatch, arguments: list[str], *expected: str) -> Non
     command = (
         run_pretraining.main if program == "run_pretraining.py" else lambda: data_prep_commands.COMMANDS[program](rest)
     )
-    with pytest.raises(SystemExit) as exit_info:
+    # A run without a launcher describes itself in the environment, which other tests must not inherit.
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as exit_info:
         cli.run(command)
     error = capsys.readouterr().err.strip()
     assert exit_info.value.code == 2

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.plots import scores_figure
 from finetune.report import write_report
 from finetune.results import Results, collect_results, summarize
 from finetune.study import TrialStore
+from finetune.tasks import TASKS
 from finetune.trial import Cell
 
 # Three seeds; learning rate 2e-5 has the highest single score, 3e-5 the highest median.
@@ -142,3 +144,12 @@ def test_pretraining_is_plotted_when_the_model_tells_of_it(tmp_path: Path):
     markdown, _ = report(tmp_path, results)
     assert "90 s of a budget of 90 s; 120 steps, 15,360 sequences; final validation loss 3.250" in markdown
     assert (tmp_path / "pretraining.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 7])
+def test_every_task_has_a_panel_and_no_panel_is_empty(num_tasks: int):
+    names = list(TASKS)[:num_tasks]
+    cell = {"learning_rate": 1e-4, "batch_size": 32, "num_epochs": 3, "initialization": "pretrained", "score": 0.5}
+    figure = scores_figure([{"task_name": name, **cell} for name in names])
+    assert len(figure.axes) == num_tasks
+    assert all(axes.get_title(loc="left") for axes in figure.axes)
