@@ -167,7 +167,6 @@ class Decision:
 
     progress: float
     schedule_position: float
-    elapsed_seconds: float
     stop: bool
     validate: bool
     save: bool
@@ -187,11 +186,11 @@ class Director:
         """What happens at the boundary before step number ``step`` (from 0); validating and saving follow that step."""
         values = torch.tensor(astuple(self._decide(step)), dtype=torch.float64)
         dist.broadcast(values, src=0, group=self._group)
-        progress, position, elapsed, stop, validate, save = values.tolist()
+        progress, position, stop, validate, save = values.tolist()
         for cadence, happens in ((self._validation, validate), (self._checkpoint, save)):
             if happens:
                 cadence.skip_to(progress)
-        return Decision(progress, position, elapsed, bool(stop), bool(validate), bool(save))
+        return Decision(progress, position, bool(stop), bool(validate), bool(save))
 
     def record(self, action: str, seconds: float) -> None:
         """Tell how long a validation or a checkpoint (``validate``, ``save``) took, so that none starts too late."""
@@ -205,7 +204,6 @@ class Director:
         return Decision(
             progress=progress,
             schedule_position=self._budget.schedule_position(progress),
-            elapsed_seconds=self._budget.elapsed(),
             stop=not self._budget.has_room_for(step),
             validate=validate,
             save=self._checkpoint.is_due(progress)

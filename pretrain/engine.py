@@ -38,7 +38,6 @@ class Processes:
     """This process among the others."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     cpu_group: dist.ProcessGroup
@@ -73,7 +72,7 @@ def start_processes() -> Processes:
     # every later start waits for ever; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    return Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    return Processes(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
 def stop_processes() -> None:

@@ -177,7 +177,7 @@ def _checkpoints(config: PretrainConfig, output_dir: Path, rank: int) -> Checkpo
 
 
 class Pretrainer:
-    """One process's part of a run: prepared by the constructor, done by :meth:`run`."""
+    """One process's part of a run: :meth:`prepare`, then :meth:`train`."""
 
     def __init__(
         self,
@@ -202,10 +202,10 @@ class Pretrainer:
         self._sequences_seen = state.sequences_seen if state else 0
         elapsed, step_seconds = (state.elapsed_seconds, state.step_seconds) if state else (0.0, 0.0)
         self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed, step_seconds)
-        self._validation, self._saving = config.cadences()
-        for cadence in (self._validation, self._saving):
+        validation, saving = config.cadences()
+        for cadence in (validation, saving):
             cadence.skip_to(self._budget.progress(self._step))
-        self._director = Director(self._budget, self._validation, self._saving, processes.cpu_group)
+        self._director = Director(self._budget, validation, saving, processes.cpu_group)
         self._checkpoints = _checkpoints(config, output_dir, processes.rank)
         self._averages = StepAverages(processes.device)
 
