@@ -1,45 +1,50 @@
 """Look into a data folder: what is in it, as a person reads it, and whether every byte is as it was written."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.folders import sha256_of_file
-from data_prep.shards import Manifest, Rows, SplitReader, read_manifest
+from data_prep.shards import Manifest, Rows, SplitReader, read_manifest, shard_files
+from data_prep.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def summary(manifest: Manifest) -> str:
     """The manifest in a few lines."""
     content = manifest.content
     rows = {split: sum(shard.rows for shard in manifest.of_split(split)) for split in ("train", "validation")}
-    return "\n".join(
-        [
-            f"data folder          {manifest.folder}",
-            f"documents            {content['num_documents']:,}",
-            f"sequences            {content['num_sequences']:,}"
-            f" ({content['num_validation_sequences']:,} held out for validation)",
-            f"tokens               {content['num_tokens']:,}",
-            f"padding              {content['padding_share']:.1%} of {manifest.max_seq_length} positions a row",
-            f"vocabulary           {manifest.vocab_size:,} tokens",
-            f"rows to train on     {rows['train']:,} ({content['dupe_factor']} masked copies)",
-            f"rows to validate on  {rows['validation']:,}",
-            f"shards               {len(manifest.shards)}",
-        ]
-    )
+    size = sum((manifest.folder / shard.file).stat().st_size for shard in manifest.shards)
+    lines = {
+        "data folder": str(manifest.folder),
+        "documents": f"{content['num_documents']:,}" if content["num_documents"] else "not known of indexed shards",
+        **{f"  {name.replace('_', ' ')}": f"{number:,}" for name, number in content.get("cleaning", {}).items()},
+        "sequences": f"{content['num_sequences']:,} ({content['num_validation_sequences']:,} held out for validation)",
+        "tokens": f"{content['num_tokens']:,}",
+        "padding": f"{content['padding_share']:.1%} of {manifest.max_seq_length} positions a row",
+        "vocabulary": f"{manifest.vocab_size:,} tokens",
+        "rows to train on": f"{rows['train']:,} ({content['dupe_factor']} masked copies)",
+        "rows to validate on": f"{rows['validation']:,}",
+        "shards": f"{len(manifest.shards)} files, {size / 1e6:,.0f} MB",
+    }
+    width = max(map(len, lines)) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
 
 
 def show_rows(manifest: Manifest, num_rows: int) -> str:
     """The first ``num_rows`` training rows as text: every predicted token as ``[what the model sees=>original]``."""
-    tokenizer = AutoTokenizer.from_pretrained(manifest.tokenizer_folder)
+    tokenizer = load_tokenizer(str(manifest.tokenizer_folder))
     reader = SplitReader(manifest, "train")
     rows = reader.read_range(0, min(num_rows, reader.num_rows))
     reader.close()
     return "\n\n".join(_show_row(rows, index, tokenizer) for index in range(len(rows)))
 
 
-def _show_row(rows: Rows, index: int, tokenizer: PreTrainedTokenizerFast) -> str:
+def _show_row(rows: Rows, index: int, tokenizer: "PreTrainedTokenizerFast") -> str:
     seen = tokenizer.convert_ids_to_tokens(rows.input_ids[index, : rows.sequence_length[index]].tolist())
     for position, original in zip(rows.masked_lm_positions[index], rows.masked_lm_ids[index], strict=True):
         if position:
@@ -53,20 +58,18 @@ def verify(manifest: Manifest) -> None:
     """Read every byte of every shard.
 
     Raises:
-        UserError: shards that are missing or differ from what was written; all of them are named.
+        UserError: shards that are missing, differ from what was written, or don't belong here; all of them are named.
     """
-    wrong = []
-    for shard in manifest.shards:
-        path = manifest.folder / shard.file
+    listed = {shard.file: shard for shard in manifest.shards}
+    wrong = [f"{name} is not of this data set, move it away" for name in shard_files(manifest.folder) - listed.keys()]
+    for name, shard in listed.items():
+        path = manifest.folder / name
         if not path.is_file():
-            wrong.append(f"{shard.file} is missing")
+            wrong.append(f"{name} is missing")
         elif sha256_of_file(path) != shard.sha256:
-            wrong.append(f"{shard.file} is damaged")
+            wrong.append(f"{name} is damaged")
     if wrong:
-        raise UserError(
-            f"data folder {manifest.folder}: {'; '.join(wrong)}: "
-            "delete the damaged ones and run `python -m data_prep build` again, which makes just what is missing"
-        )
+        raise UserError(f"data folder {manifest.folder}: {'; '.join(sorted(wrong))}: {manifest.remedy}")
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
 

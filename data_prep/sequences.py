@@ -1,15 +1,15 @@
 """Documents to token sequences: whole sentences of one document, up to the length that the model takes."""
 
-import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import tokenizers
 
+from data_prep.encoding import SentenceEncoder
 from data_prep.hashing import below, hash_keys, uniform
 
 SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] ... [SEP]
-_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]*[A-Z0-9])|\n+")
+_SENTENCES_AT_ONCE = 20_000
 _SHORT_DRAW, _LENGTH_DRAW = 11, 12  # names of the draws, see hash_keys
 
 
@@ -34,56 +34,62 @@ class TokenizedDocuments:
     """The sequences of consecutive documents, without [CLS] and [SEP]."""
 
     tokens: np.ndarray
-    """Token ids of all sequences, one after the other; integers, shape [num_tokens]."""
+    """Token ids of all sequences, one after the other; uint16 or uint32, shape [num_tokens]."""
     sequence_lengths: np.ndarray
     """Tokens of each sequence; int64, shape [num_sequences]."""
     sequences_per_document: np.ndarray
     """int64, shape [num_documents]."""
 
 
-def split_sentences(document: str) -> list[str]:
-    """Cut at line ends, and behind . ! ? before a capital or a digit."""
-    return [sentence for sentence in (part.strip() for part in _SENTENCE_END.split(document)) if sentence]
-
-
 def tokenize_documents(
-    documents: list[str], first_document: int, tokenizer: tokenizers.Tokenizer, rule: SequenceRule
+    documents: list[str],
+    document_keys: np.ndarray,
+    split_sentences: Callable[[str], list[str]],
+    encoder: SentenceEncoder,
+    rule: SequenceRule,
 ) -> TokenizedDocuments:
     """Tokenise documents and cut each into sequences.
 
-    ``first_document`` is the number of the first one in the whole corpus: short sequences are drawn by that number.
+    ``document_keys`` (uint64, [num_documents]) tell documents apart: their short sequences are drawn by them.
     """
-    tokens: list[int] = []
-    lengths: list[int] = []
-    counts: list[int] = []
-    for number, document in enumerate(documents, start=first_document):
-        encodings = tokenizer.encode_batch_fast(split_sentences(document), add_special_tokens=False)
-        sentences = [encoding.ids for encoding in encodings]
-        sentence_lengths = [len(ids) for ids in sentences]
-        bound = len(sentences) + sum(sentence_lengths) // rule.max_tokens + 1
-        targets = target_lengths(number, bound, rule)
-        document_lengths = cut_at_sentences(sentence_lengths, targets.tolist(), rule.max_tokens)
-        for ids in sentences:
-            tokens.extend(ids)
-        lengths.extend(document_lengths)
-        counts.append(len(document_lengths))
-    return TokenizedDocuments(
-        tokens=np.array(tokens, dtype=token_dtype(tokenizer.get_vocab_size())),
-        sequence_lengths=np.array(lengths, dtype=np.int64),
-        sequences_per_document=np.array(counts, dtype=np.int64),
-    )
+    sentences = [split_sentences(document) for document in documents]
+    num_sentences = np.array([len(of_document) for of_document in sentences], dtype=np.int64)
+    flat = [sentence for of_document in sentences for sentence in of_document]
+    groups = [flat[start : start + _SENTENCES_AT_ONCE] for start in range(0, len(flat), _SENTENCES_AT_ONCE)]
+    tokens, sentence_lengths = zip(*map(encoder.encode, groups or [[]]), strict=True)
+    lengths, counts = _cut_documents(np.concatenate(sentence_lengths), num_sentences, document_keys, rule)
+    return TokenizedDocuments(np.concatenate(tokens), lengths, counts)
 
 
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """The smallest type that holds every token id."""
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
+def _cut_documents(
+    sentence_lengths: np.ndarray, num_sentences: np.ndarray, document_keys: np.ndarray, rule: SequenceRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of all sequences, and how many each document has; both int64."""
+    ends = np.cumsum(num_sentences)
+    tokens_before = np.append(0, np.cumsum(sentence_lengths))
+    num_tokens = tokens_before[ends] - tokens_before[ends - num_sentences]
+    # A document makes no more sequences than it has sentences and full lengths.
+    bounds = num_sentences + num_tokens // rule.max_tokens + 1
+    index = np.arange(bounds.sum()) - np.repeat(np.cumsum(bounds) - bounds, bounds)
+    targets = target_lengths(np.repeat(document_keys, bounds), index, rule)
+    per_document = [
+        cut_at_sentences(of_document, of_targets, rule.max_tokens)
+        for of_document, of_targets in zip(_runs(sentence_lengths, num_sentences), _runs(targets, bounds), strict=True)
+    ]
+    lengths = [length for sequences in per_document for length in sequences]
+    return np.array(lengths, dtype=np.int64), np.array([len(sequences) for sequences in per_document], dtype=np.int64)
 
 
-def target_lengths(document: int, count: int, rule: SequenceRule) -> np.ndarray:
-    """The lengths that a document's first ``count`` sequences aim at: all the room, or seldom a random shorter one."""
-    index = np.arange(count)
-    short = uniform(hash_keys(rule.seed, _SHORT_DRAW, document, index)) < rule.short_seq_prob
-    random_length = 2 + below(hash_keys(rule.seed, _LENGTH_DRAW, document, index), rule.max_tokens - 1)
+def _runs(values: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
+    """Consecutive runs of ``values``, as long as ``counts`` says."""
+    flat, ends = values.tolist(), np.cumsum(counts).tolist()
+    return (flat[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def target_lengths(document_keys: np.ndarray, index: np.ndarray, rule: SequenceRule) -> np.ndarray:
+    """The lengths that a document's sequences number ``index`` aim at: all the room, or seldom a random shorter one."""
+    short = uniform(hash_keys(rule.seed, _SHORT_DRAW, document_keys, index)) < rule.short_seq_prob
+    random_length = 2 + below(hash_keys(rule.seed, _LENGTH_DRAW, document_keys, index), rule.max_tokens - 1)
     return np.where(short, random_length.astype(np.int64), rule.max_tokens)
 
 
@@ -108,3 +114,8 @@ def cut_at_sentences(sentence_lengths: list[int], targets: list[int], max_tokens
     if current:
         lengths.append(current)
     return lengths
+
+
+def padding_share(num_tokens: int, num_sequences: int, max_seq_length: int) -> float:
+    """Share of a row's positions that is neither text nor [CLS] nor [SEP]."""
+    return 1 - (num_tokens + SPECIAL_TOKENS_PER_SEQUENCE * num_sequences) / (num_sequences * max_seq_length)

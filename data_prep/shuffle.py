@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.hashing import hash_keys
+from data_prep.hashing import hash_keys, mix
 
 _ROUNDS = 6
 _SHUFFLE_DRAW = 31  # name of the draw, see hash_keys
@@ -17,7 +17,7 @@ class Permutation:
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self._half_bits = max(1, (max(1, size - 1).bit_length() + 1) // 2)
-        self._seed = seed
+        self._round_keys = hash_keys(seed, _SHUFFLE_DRAW, np.arange(_ROUNDS))
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Where each index of [0, size) goes; int64, same shape."""
@@ -30,6 +30,6 @@ class Permutation:
     def _feistel(self, value: np.ndarray) -> np.ndarray:
         bits, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
         left, right = value >> bits, value & mask
-        for round_number in range(_ROUNDS):
-            left, right = right, left ^ (hash_keys(self._seed, _SHUFFLE_DRAW, round_number, right) & mask)
+        for key in self._round_keys:
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << bits) | right

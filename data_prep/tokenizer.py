@@ -1,16 +1,30 @@
-"""The tokenizer of a data folder: loaded from wherever the user has one, or trained on the sources."""
+"""The tokenizer of a data folder: loaded from wherever the user has one, or trained on the sources.
 
+`transformers` is imported where it is used: it takes seconds and 200 MB, and workers can do without.
+"""
+
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UserError
+from common.folders import atomic_path, check_folder, claim_folder
+from data_prep.documents import Source, first_document, read_documents
+from data_prep.progress import progress_bar
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ALPHABET_SIZE = 1000
+BERT_MAX_LENGTH = 512
 _SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -19,10 +33,8 @@ _SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 
-_ALPHABET_SIZE = 1000
 
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from a hub id, a folder, a ``tokenizer.json`` or a BERT ``vocab.txt``.
 
     A ``vocab.txt`` is taken as uncased when no ordinary token of it has an upper-case letter.
@@ -45,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _bert_template(tokenizer: PreTrainedTokenizerFast) -> TemplateProcessing:
+def _bert_template(tokenizer: "PreTrainedTokenizerFast") -> TemplateProcessing:
     """[CLS] and [SEP] around what it encodes, as in pretraining, for a tokenizer that adds none by itself."""
     cls, sep = tokenizer.cls_token, tokenizer.sep_token
     return TemplateProcessing(
@@ -55,7 +67,9 @@ def _bert_template(tokenizer: PreTrainedTokenizerFast) -> TemplateProcessing:
     )
 
 
-def _load(name: str) -> PreTrainedTokenizerFast:
+def _load(name: str) -> "PreTrainedTokenizerFast":
+    from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+
     path = Path(name)
     if path.suffix in (".txt", ".json") and not path.is_file():
         raise OSError("no such file")
@@ -73,28 +87,110 @@ def _load(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(name, use_fast=True)
 
 
-def train_wordpiece(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train an uncased WordPiece vocabulary of at most ``vocab_size`` tokens; the same text gives the same bytes."""
-    documents = list(documents)
-    trainer = tokenizers.BertWordPieceTokenizer(lowercase=True)
+def train_wordpiece(
+    texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool = True, alphabet_size: int = ALPHABET_SIZE
+) -> "PreTrainedTokenizerFast":
+    """Train a WordPiece vocabulary of at most ``vocab_size`` tokens; the same text gives the same bytes.
+
+    ``texts`` is called twice and read as a stream; memory grows with the number of different words only. Characters
+    beyond the ``alphabet_size`` most frequent ones are unknown to the vocabulary, and never fill more than half of it.
+    """
+    from transformers import BertTokenizer
+
+    trainer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
     # The trainer numbers single characters in the order of a randomly seeded hash map, and that order decides ties
     # among merges: numbering them first, as if they were special tokens, makes the vocabulary reproducible.
-    alphabet = _alphabet(trainer.normalize(document) for document in documents)
+    alphabet = _alphabet(trainer.normalize(text) for text in texts())
+    alphabet = alphabet[: min(alphabet_size, (vocab_size - len(_SPECIAL_TOKENS)) // 4)]
     first_tokens = [*_SPECIAL_TOKENS.values(), *alphabet, *(f"##{character}" for character in alphabet)]
-    trainer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=first_tokens, show_progress=False)
-    return BertTokenizer(vocab=trainer.get_vocab(with_added_tokens=True), do_lower_case=True)
+    trainer.train_from_iterator(texts(), vocab_size=vocab_size, special_tokens=first_tokens, show_progress=False)
+    return BertTokenizer(vocab=trainer.get_vocab(with_added_tokens=True), do_lower_case=lowercase)
+
+
+def train_on_sources(
+    sources: list[Source],
+    vocab_size: int,
+    min_document_characters: int,
+    lowercase: bool = True,
+    alphabet_size: int = ALPHABET_SIZE,
+) -> "PreTrainedTokenizerFast":
+    """:func:`train_wordpiece` on everything that the sources hold."""
+    passes = iter(("count characters", "count words"))
+
+    def texts() -> Iterator[str]:
+        return iter(progress_bar(next(passes), None, " documents", read_documents(sources, min_document_characters)))
+
+    return train_wordpiece(texts, vocab_size, lowercase, alphabet_size)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What a vocabulary is made of."""
+
+    sources: list[Source]
+    """where the text comes from"""
+    vocab_size: int = 30522
+    """tokens, special ones included"""
+    lowercase: bool = True
+    """whether case and accents are dropped, as in BERT's uncased models"""
+    alphabet_size: int = ALPHABET_SIZE
+    """characters to know, the most frequent ones; Chinese and Japanese need several thousand"""
+    min_document_characters: int = 1
+    """shorter documents are left out"""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: give at least one")
+        if self.vocab_size < 100 or self.alphabet_size < 1:
+            raise ValueError("vocab_size must be at least 100, alphabet_size at least 1")
+
+
+def make_tokenizer(config: TokenizerConfig, folder: Path) -> None:
+    """Train a tokenizer into ``folder``, whole or not at all; nothing to do if it is there already.
+
+    Raises:
+        UserError: no text, or a folder of another configuration or of something else.
+    """
+    check_folder(folder, config)
+    if (folder / "tokenizer.json").exists():
+        return
+    for source in config.sources:
+        first_document(source)
+    with atomic_path(folder) as temporary:
+        claim_folder(temporary, config)
+        tokenizer = train_on_sources(
+            config.sources, config.vocab_size, config.min_document_characters, config.lowercase, config.alphabet_size
+        )
+        save_tokenizer(tokenizer, temporary, BERT_MAX_LENGTH)
 
 
 def _alphabet(texts: Iterable[str]) -> list[str]:
-    """The most frequent characters, in a fixed order."""
+    """All characters, the most frequent first, in a fixed order."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     characters = [character for character in counts if not character.isspace()]
-    return sorted(characters, key=lambda character: (-counts[character], character))[:_ALPHABET_SIZE]
+    return sorted(characters, key=lambda character: (-counts[character], character))
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, max_seq_length: int) -> None:
+def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """Which tokens go on with the word of the token before; bool, shape [vocab_size].
+
+    Raises:
+        UserError: the tokenizer marks neither the beginning nor the continuation of words.
+    """
+    tokens = np.array(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), dtype=str)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] == "WordPiece":
+        return np.char.startswith(tokens, model["continuing_subword_prefix"])
+    for mark in ("Ġ", "▁"):  # a space before, in byte-level and in SentencePiece vocabularies
+        starts = np.char.startswith(tokens, mark)
+        if starts.any():
+            return ~starts
+    raise UserError("whole_word_masking needs a tokenizer that marks where words begin, this one doesn't: leave it off")
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path, max_seq_length: int) -> None:
     """Write ``tokenizer.json`` and its configuration to ``folder``."""
     tokenizer.model_max_length = max_seq_length
     tokenizer.save_pretrained(os.fspath(folder))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.build import DataConfig, build
+from data_prep.build import build
+from data_prep.config import DataConfig
 from data_prep.documents import Source
 
 

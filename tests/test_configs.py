@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from common.cli import config_parser, parse, take_config
-from data_prep.build import DataConfig
+from data_prep.config import DataConfig
 from finetune.grid import GridConfig
 from pretrain.engine import load_ds_config
 from pretrain.train import PretrainConfig

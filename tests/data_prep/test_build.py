@@ -19,7 +19,8 @@ import pytest
 import tokenizers
 
 from common.errors import UserError
-from data_prep.build import DataConfig, build
+from data_prep.build import build
+from data_prep.config import DataConfig
 from data_prep.demo_corpus import demo_documents
 from data_prep.documents import Source, read_documents
 from data_prep.inspect import inspect_folder, verify

@@ -1,5 +1,7 @@
 """Masking is BERT's, and a pure function of (seed, copy, sequence, position)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,14 +9,17 @@ from data_prep.masking import MaskingRule, Vocabulary, mask_rows
 
 VOCABULARY_SIZE, LENGTH = 1000, 128
 PAD, UNK, CLS, SEP, MASK = range(5)
-RULE = MaskingRule(masked_lm_prob=0.15, max_predictions_per_seq=20, seed=1)
+COPIES = 4
+RULE = MaskingRule((0.15,) * COPIES, max_predictions_per_seq=20, whole_words=False, seed=1)
+WHOLE_WORDS = replace(RULE, whole_words=True)
 
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
     special = np.zeros(VOCABULARY_SIZE, dtype=bool)
     special[: MASK + 1] = True
-    return Vocabulary(cls_id=CLS, sep_id=SEP, pad_id=PAD, mask_id=MASK, special=special)
+    continues_word = np.arange(VOCABULARY_SIZE) % 3 == 0  # a third of the tokens are word parts
+    return Vocabulary(CLS, SEP, PAD, MASK, special, continues_word & ~special)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,10 @@ def apply(ids: np.ndarray, vocabulary: Vocabulary, sequence=None, copy=0, rule: 
     return mask_rows(ids, sequence, np.broadcast_to(copy, len(ids)), vocabulary, rule)
 
 
-def test_labels_restore_the_original_rows(rows, vocabulary) -> None:
+@pytest.mark.parametrize("rule", [RULE, WHOLE_WORDS])
+def test_labels_restore_the_original_rows(rule, rows, vocabulary) -> None:
     ids, _ = rows
-    masked, positions, labels = apply(ids, vocabulary)
+    masked, positions, labels = apply(ids, vocabulary, rule=rule)
     restored = masked.copy()
     for row in range(len(ids)):
         used = positions[row] > 0
@@ -51,9 +57,10 @@ def test_the_number_of_predictions_is_the_stated_formula(rows, vocabulary) -> No
     assert (positions > 0).sum(axis=1).tolist() == expected
 
 
-def test_special_tokens_are_never_masked_nor_drawn(rows, vocabulary) -> None:
+@pytest.mark.parametrize("rule", [RULE, WHOLE_WORDS])
+def test_special_tokens_are_never_masked_nor_drawn(rule, rows, vocabulary) -> None:
     ids, _ = rows
-    masked, positions, labels = apply(ids, vocabulary)
+    masked, positions, labels = apply(ids, vocabulary, rule=rule)
     used = positions > 0
     assert (labels[used] > MASK).all()
     changed = masked != ids
@@ -105,7 +112,7 @@ def test_copies_and_seeds_differ(rows, vocabulary) -> None:
     long = ids[lengths > 60]
     _, first, _ = apply(long, vocabulary, copy=0)
     _, second, _ = apply(long, vocabulary, copy=1)
-    _, reseeded, _ = apply(long, vocabulary, rule=MaskingRule(0.15, 20, seed=2))
+    _, reseeded, _ = apply(long, vocabulary, rule=replace(RULE, seed=2))
     assert (first != second).any(axis=1).all()
     assert (first != reseeded).any(axis=1).all()
 
@@ -116,3 +123,59 @@ def test_a_row_without_maskable_tokens_has_no_predictions(vocabulary) -> None:
     np.testing.assert_array_equal(masked, ids)
     assert not positions.any()
     assert not labels.any()
+
+
+def words_of(row: np.ndarray, vocabulary: Vocabulary) -> list[list[int]]:
+    """A row's words as lists of positions, read off one token at a time."""
+    words: list[list[int]] = []
+    for position, token in enumerate(row):
+        if vocabulary.special[token]:
+            continue
+        goes_on = vocabulary.continues_word[token] and words and words[-1][-1] == position - 1
+        if goes_on:
+            words[-1].append(position)
+        else:
+            words.append([position])
+    return words
+
+
+def test_whole_words_are_masked_wholly_or_not_at_all(rows, vocabulary) -> None:
+    ids, lengths = rows
+    _, positions, _ = apply(ids, vocabulary, rule=WHOLE_WORDS)
+    for row, length, chosen in zip(ids[:500], lengths, positions, strict=False):
+        masked = set(chosen[chosen > 0].tolist())
+        words = words_of(row, vocabulary)
+        partly = [word for word in words if 0 < len(masked.intersection(word)) < len(word)]
+        room = min(max(1, round(0.15 * int(length))), 20) - len(masked)
+        assert not partly
+        # A word that would still have fitted was not passed over.
+        assert room >= 0
+        assert all(len(word) > room or masked.intersection(word) for word in words)
+
+
+def test_whole_words_of_one_token_are_equally_likely(vocabulary) -> None:
+    ids = np.full((20_000, 34), 500, dtype=np.uint16)  # 500 begins a word
+    ids[:, 0], ids[:, -1] = CLS, SEP
+    _, positions, _ = apply(ids, vocabulary, rule=WHOLE_WORDS)
+    counts = np.bincount(positions[positions > 0], minlength=34)[1:33]
+    expected = counts.sum() / 32
+    assert ((counts - expected) ** 2 / expected).sum() < 75  # 31 degrees of freedom: p < 1e-5
+
+
+def test_each_copy_has_its_own_probability(rows, vocabulary) -> None:
+    ids, lengths = rows
+    rule = replace(RULE, masked_lm_prob=(0.1, 0.3), max_predictions_per_seq=60)
+    for copy, share in enumerate(rule.masked_lm_prob):
+        _, positions, _ = apply(ids, vocabulary, copy=copy, rule=rule)
+        expected = [max(1, round(share * int(length))) for length in lengths]
+        assert (positions > 0).sum(axis=1).tolist() == expected
+
+
+@pytest.mark.parametrize("length", [512, 4096])
+def test_long_rows_are_masked_evenly(length, vocabulary) -> None:
+    ids = np.full((60, length), 500, dtype=np.uint16)
+    ids[:, 0], ids[:, -1] = CLS, SEP
+    _, positions, _ = apply(ids, vocabulary, rule=replace(RULE, max_predictions_per_seq=length))
+    assert ((positions > 0).sum(axis=1) == round(0.15 * (length - 2))).all()
+    halves = np.bincount((positions[positions > 0] >= length // 2).astype(int))
+    assert abs(halves[0] / halves.sum() - 0.5) < 5 * 0.5 / np.sqrt(halves.sum())

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data_prep.build import DataConfig, build
+from data_prep.build import build
+from data_prep.config import DataConfig
 from data_prep.documents import Source
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.batches import BatchPlan, TrainingBatches, model_inputs, validation_batches

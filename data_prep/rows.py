@@ -1,0 +1,113 @@
+"""Pass 2, tokens to shards: each shard is a slice of one permutation over all (copy, sequence) pairs.
+
+Gather, mask, write: shards are independent of each other, and any part of one can be made alone. A shard counts as
+made once its digest is noted in the work folder; one without is made again, with the same bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.folders import sha256_of_file, write_text
+from data_prep.corpus import Corpus, load_corpus
+from data_prep.masking import MaskingRule, Vocabulary, mask_rows
+from data_prep.sequences import SPECIAL_TOKENS_PER_SEQUENCE
+from data_prep.shards import Rows, Shard, Split, position_type, write_shard
+from data_prep.shuffle import Permutation
+
+_ROWS_AT_ONCE = 2048  # about what a processor's cache holds
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to make: rows [start, stop) of the split's order."""
+
+    file: str
+    split: Split
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """How sequences become rows."""
+
+    max_seq_length: int
+    dupe_factor: int
+    training: MaskingRule
+    validation: MaskingRule
+    vocabulary: Vocabulary
+    seed: int
+
+
+def plan_shards(corpus: Corpus, dupe_factor: int, rows_per_shard: int) -> list[ShardTask]:
+    """All shards of both splits."""
+    training = (corpus.num_sequences - corpus.num_validation_sequences) * dupe_factor
+    tasks: list[ShardTask] = []
+    splits: tuple[tuple[Split, int], ...] = (("train", training), ("validation", corpus.num_validation_sequences))
+    for split, num_rows in splits:
+        for number, start in enumerate(range(0, num_rows, rows_per_shard)):
+            stop = min(start + rows_per_shard, num_rows)
+            tasks.append(ShardTask(f"{split}-{number:05d}.h5", split, start, stop))
+    return tasks
+
+
+def make_shard(task: ShardTask, output_dir: Path, work: Path, rule: RowRule) -> Shard:
+    """Make one shard, unless an earlier run did."""
+    path, note = output_dir / task.file, _note(work, task.file)
+    digest = note.read_text(encoding="utf-8") if note.exists() else None
+    if digest is None or not path.exists() or sha256_of_file(path) != digest:
+        digest = write_shard(path, _shard_rows(task, work, rule), task.stop - task.start)
+        note_shard(work, task.file, digest)
+    return Shard(task.file, task.split, task.stop - task.start, digest)
+
+
+def note_shard(work: Path, file: str, digest: str) -> None:
+    """Remember that a shard is made, and its SHA-256."""
+    write_text(_note(work, file), digest)
+
+
+def _note(work: Path, file: str) -> Path:
+    return work / f"{file}.sha256"
+
+
+def _shard_rows(task: ShardTask, work: Path, rule: RowRule) -> Iterator[Rows]:
+    """Gather and mask the shard's rows, a chunk at a time."""
+    for start in range(task.start, task.stop, _ROWS_AT_ONCE):
+        # Opened anew for every chunk: pages of the token file then never add up to more than a chunk needs.
+        corpus = load_corpus(work)
+        order = np.arange(start, min(start + _ROWS_AT_ONCE, task.stop))
+        yield make_rows(corpus, task.split, order, rule)
+
+
+def make_rows(corpus: Corpus, split: Split, order: np.ndarray, rule: RowRule) -> Rows:
+    """The rows that stand at places ``order`` (int64, [rows]) of the split's shuffled order."""
+    num_validation = corpus.num_validation_sequences
+    first = 0 if split == "train" else corpus.num_sequences - num_validation
+    sequences, copies = (num_validation, 1) if first else (corpus.num_sequences - num_validation, rule.dupe_factor)
+    copy_index, sequence = np.divmod(Permutation(sequences * copies, rule.seed)(order), sequences)
+    sequence += first
+    start = corpus.starts[sequence]
+    length = corpus.starts[sequence + 1] - start
+    input_ids = _gather(corpus.tokens, start, length, rule)
+    masking = rule.training if split == "train" else rule.validation
+    masked, positions, labels = mask_rows(input_ids, sequence, copy_index, rule.vocabulary, masking)
+    return Rows(
+        input_ids=masked,
+        sequence_length=(length + SPECIAL_TOKENS_PER_SEQUENCE).astype(np.uint16),
+        masked_lm_positions=positions.astype(position_type(rule.max_seq_length)),
+        masked_lm_ids=labels.astype(corpus.tokens.dtype),
+    )
+
+
+def _gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rule: RowRule) -> np.ndarray:
+    """Rows ``[CLS] tokens [SEP] [PAD]...``, shape [len(starts), max_seq_length]."""
+    room = rule.max_seq_length - SPECIAL_TOKENS_PER_SEQUENCE
+    rows = np.empty((len(starts), rule.max_seq_length), dtype=tokens.dtype)
+    rows[:, 1:-1] = np.lib.stride_tricks.sliding_window_view(tokens, room)[starts]
+    rows[np.arange(rule.max_seq_length) > lengths[:, None]] = rule.vocabulary.pad_id
+    rows[:, 0] = rule.vocabulary.cls_id
+    rows[np.arange(len(starts)), lengths + 1] = rule.vocabulary.sep_id
+    return rows
