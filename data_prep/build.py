@@ -5,7 +5,7 @@ where it was, with the same bytes.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,8 @@ def build(config: DataConfig, output_dir: Path) -> dict[str, Any]:
             shutil.rmtree(output_dir / "work", ignore_errors=True)
         except OSError as error:
             raise UserError(
-                f"can't write to {output_dir} ({error.strerror or error}): mend that and run the same command again, "
-                "which goes on from here"
+                f"can't write to {output_dir} ({error.strerror or str(error).splitlines()[0]}): "
+                "mend that and run the same command again, which goes on from here"
             ) from None
     return _recorded(output_dir)
 
@@ -142,34 +142,35 @@ def _build_shards(config: DataConfig, output_dir: Path, work: Path, sources: lis
         corpus = _tokenize(config, output_dir, work, pool)
         tasks = plan_shards(corpus, config.dupe_factor, config.rows_per_shard)
         _check_free_space(output_dir, tasks, row_bytes)
-        make = partial(make_shard, output_dir=output_dir, work=work, rule=rule)
-        shards = list(_count_rows(pool.run_all(make, tasks), tasks))
+        shards = _make_shards(tasks, partial(make_shard, output_dir=output_dir, work=work, rule=rule), pool)
     write_json(output_dir / MANIFEST_FILE, _manifest(config, corpus, output_dir, rule, shards, sources))
 
 
 def _tokenize(config: DataConfig, output_dir: Path, work: Path, pool: WorkPool) -> Corpus:
-    return tokenize_corpus(
-        blocks=_count_bytes(read_blocks(config.sources), total_bytes(config.sources)),
-        rule=text_rule(config, output_dir / TOKENIZER_FOLDER / "tokenizer.json"),
-        validation_fraction=config.validation_fraction,
-        deduplicate=config.deduplicate,
-        work=work,
-        pool=pool,
-    )
+    with progress_bar("tokenise", total_bytes(config.sources), "B") as bar:
+
+        def blocks() -> Iterator[Block]:
+            for block in read_blocks(config.sources):
+                yield block
+                bar.update(block.bytes_read)
+
+        return tokenize_corpus(
+            blocks=blocks(),
+            rule=text_rule(config, output_dir / TOKENIZER_FOLDER / "tokenizer.json"),
+            validation_fraction=config.validation_fraction,
+            deduplicate=config.deduplicate,
+            work=work,
+            pool=pool,
+        )
 
 
-def _count_bytes(blocks: Iterable[Block], total: int | None) -> Iterator[Block]:
-    with progress_bar("tokenise", total, "B") as bar:
-        for block in blocks:
-            yield block
-            bar.update(block.bytes_read)
-
-
-def _count_rows(shards: Iterable[Shard], tasks: list[ShardTask]) -> Iterator[Shard]:
+def _make_shards(tasks: list[ShardTask], make: Callable[[ShardTask], Shard], pool: WorkPool) -> list[Shard]:
+    shards = []
     with progress_bar("mask and shuffle", sum(task.stop - task.start for task in tasks), " rows") as bar:
-        for shard in shards:
-            yield shard
+        for shard in pool.run_all(make, tasks):
+            shards.append(shard)
             bar.update(shard.rows)
+    return shards
 
 
 def _check_free_space(folder: Path, tasks: list[ShardTask], row_bytes: int) -> None:

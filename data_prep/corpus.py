@@ -9,6 +9,7 @@ it takes does not grow with the corpus, except for the numbers of the held-out d
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,12 @@ def load_corpus(work: Path) -> Corpus:
     facts = read_json(work / _CORPUS_FILE, "run the same command again")
     tokens, starts = (np.load(work / name, mmap_mode="r") for name in (_TOKENS_FILE, _STARTS_FILE))
     return Corpus(tokens, starts, **facts)
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Give back the memory that reading a memory-mapped array took; the system's page cache keeps the file."""
+    if isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _missing_units(blocks: Iterable[Block], work: Path) -> Iterator[tuple[Block, Path]]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from common.folders import sha256_of_file, write_text
-from data_prep.corpus import Corpus, load_corpus
+from data_prep.corpus import Corpus, forget_pages, load_corpus
 from data_prep.masking import MaskingRule, Vocabulary, mask_rows
 from data_prep.sequences import SPECIAL_TOKENS_PER_SEQUENCE
 from data_prep.shards import Rows, Shard, Split, position_type, write_shard
 from data_prep.shuffle import Permutation
 
 _ROWS_AT_ONCE = 2048  # about what a processor's cache holds
+_READS_AT_ONCE = 256  # each brings up to 64 kB of the token file into the process's memory
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ def _note(work: Path, file: str) -> Path:
 
 def _shard_rows(task: ShardTask, work: Path, rule: RowRule) -> Iterator[Rows]:
     """Gather and mask the shard's rows, a chunk at a time."""
+    corpus = load_corpus(work)
     for start in range(task.start, task.stop, _ROWS_AT_ONCE):
-        # Opened anew for every chunk: pages of the token file then never add up to more than a chunk needs.
-        corpus = load_corpus(work)
         order = np.arange(start, min(start + _ROWS_AT_ONCE, task.stop))
         yield make_rows(corpus, task.split, order, rule)
 
@@ -91,6 +91,7 @@ def make_rows(corpus: Corpus, split: Split, order: np.ndarray, rule: RowRule) ->
     sequence += first
     start = corpus.starts[sequence]
     length = corpus.starts[sequence + 1] - start
+    forget_pages(corpus.starts)
     input_ids = _gather(corpus.tokens, start, length, rule)
     masking = rule.training if split == "train" else rule.validation
     masked, positions, labels = mask_rows(input_ids, sequence, copy_index, rule.vocabulary, masking)
@@ -106,7 +107,11 @@ def _gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rule: R
     """Rows ``[CLS] tokens [SEP] [PAD]...``, shape [len(starts), max_seq_length]."""
     room = rule.max_seq_length - SPECIAL_TOKENS_PER_SEQUENCE
     rows = np.empty((len(starts), rule.max_seq_length), dtype=tokens.dtype)
-    rows[:, 1:-1] = np.lib.stride_tricks.sliding_window_view(tokens, room)[starts]
+    runs = np.lib.stride_tricks.sliding_window_view(tokens, room)
+    for first in range(0, len(starts), _READS_AT_ONCE):
+        part = slice(first, first + _READS_AT_ONCE)
+        rows[part, 1:-1] = runs[starts[part]]
+        forget_pages(tokens)
     rows[np.arange(rule.max_seq_length) > lengths[:, None]] = rule.vocabulary.pad_id
     rows[:, 0] = rule.vocabulary.cls_id
     rows[np.arange(len(starts)), lengths + 1] = rule.vocabulary.sep_id

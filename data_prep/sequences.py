@@ -68,7 +68,7 @@ def _cut_documents(
     ends = np.cumsum(num_sentences)
     tokens_before = np.append(0, np.cumsum(sentence_lengths))
     num_tokens = tokens_before[ends] - tokens_before[ends - num_sentences]
-    # A document makes no more sequences than it has sentences and full lengths.
+    # About as many sequences as a document can make: its sentences, and a few more of those that are too long.
     bounds = num_sentences + num_tokens // rule.max_tokens + 1
     index = np.arange(bounds.sum()) - np.repeat(np.cumsum(bounds) - bounds, bounds)
     targets = target_lengths(np.repeat(document_keys, bounds), index, rule)
@@ -97,20 +97,18 @@ def cut_at_sentences(sentence_lengths: list[int], targets: list[int], max_tokens
     """Lengths of the consecutive sequences that a document's sentences make.
 
     A sequence ends at the sentence that would carry it past its target. A sentence longer than ``max_tokens`` is cut
-    into full sequences; what remains of it goes on with the next sentence.
+    at the targets; what remains of it goes on with the next sentence. Targets that run out begin again.
     """
     lengths: list[int] = []
     current = 0
     for sentence in sentence_lengths:
-        if current and current + sentence > targets[len(lengths)]:
+        if current and current + sentence > targets[len(lengths) % len(targets)]:
             lengths.append(current)
             current = 0
-        full, rest = divmod(sentence, max_tokens)
-        if full and current + sentence > max_tokens:
-            lengths.extend([max_tokens] * full)
-            current = rest
-        else:
-            current += sentence
+        while sentence > max_tokens:
+            lengths.append(targets[len(lengths) % len(targets)])
+            sentence -= lengths[-1]
+        current += sentence
     if current:
         lengths.append(current)
     return lengths

@@ -115,12 +115,14 @@ def train_on_sources(
     alphabet_size: int = ALPHABET_SIZE,
 ) -> "PreTrainedTokenizerFast":
     """:func:`train_wordpiece` on everything that the sources hold."""
-    passes = iter(("count characters", "count words"))
+    with progress_bar("train a tokenizer, in two passes", None, " documents") as bar:
 
-    def texts() -> Iterator[str]:
-        return iter(progress_bar(next(passes), None, " documents", read_documents(sources, min_document_characters)))
+        def texts() -> Iterator[str]:
+            for document in read_documents(sources, min_document_characters):
+                yield document
+                bar.update()
 
-    return train_wordpiece(texts, vocab_size, lowercase, alphabet_size)
+        return train_wordpiece(texts, vocab_size, lowercase, alphabet_size)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,13 @@ def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path, max_seq_length: int) -> None:
-    """Write ``tokenizer.json`` and its configuration to ``folder``."""
+    """Write ``tokenizer.json`` and its configuration to ``folder``.
+
+    Raises:
+        OSError: it can't be written.
+    """
     tokenizer.model_max_length = max_seq_length
-    tokenizer.save_pretrained(os.fspath(folder))
+    try:
+        tokenizer.save_pretrained(os.fspath(folder))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise OSError(str(error).splitlines()[0]) from None

@@ -2,8 +2,8 @@
 
 A page is rewritten in two steps. Regular expressions take out what a reader never sees (templates, tables, references,
 comments) and cut the rest into paragraphs; mwparserfromhell then reads each paragraph's links, tags and entities. The
-parser alone would do, at a quarter of the speed, but its time grows with the square of what is left unclosed: one
-broken page of 100 kB can take it minutes. Every expression here takes time in proportion to the page.
+parser alone would do, at half the speed, but its time grows with the square of what is left unclosed: one broken page
+of 100 kB can take it minutes. Every expression here takes time in proportion to the page.
 """
 
 import html
@@ -34,7 +34,7 @@ _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
 _MEDIA_FILE = re.compile(r".*\.(gif|jpe?g|mid|mp3|mp4|og[agv]|pdf|png|svg|tiff?|wav|webm|webp)\s*")
 _HIDDEN_TAGS = frozenset(
     "categorytree ce chem gallery graph hiero imagemap includeonly indicator inputbox mapframe maplink math pre ref "
-    "references score source style syntaxhighlight table templatedata templatestyles timeline".split()
+    "references score source syntaxhighlight table templatedata templatestyles timeline".split()
 )
 _KNOWN_TAGS = _HIDDEN_TAGS | frozenset(
     "abbr b big blockquote br caption center cite code dd del dfn div dl dt em font h1 h2 h3 h4 h5 h6 hr i ins kbd li "
@@ -53,10 +53,10 @@ _HIDDEN = re.compile(
     r"(?:/>|>(?P<inside>[^<]*+(?:<(?!/?(?P=tag)\b)[^<]*+)*+)</(?P=tag)\s*>)",
     re.DOTALL | re.IGNORECASE,
 )
-# With the quotes around a template that is all there is in italics: the two pairs would look like a run of four.
+# Templates and tables, with the quotes around one that alone is in italics: both pairs would look like a run of four.
 _IN_BRACES = r"[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+"
 _BRACES = re.compile(rf"(?P<quotes>'{{2,5}}|)(?:\{{\{{{_IN_BRACES}\}}\}}|\{{\|{_IN_BRACES}(?<=\|)\}})(?P=quotes)")
-_REMAINS = re.compile(r"^[ \t]*(?:\{\||\||! ).*$|\{\{|\}\}|__[^\W\da-z_]+__", re.MULTILINE)
+_REMAINS = re.compile(r"^[ \t]*(?:\{\||\||! ).*$|\{{2,}|\}{2,}|__[^\W\da-z_]+__", re.MULTILINE)
 _NO_TAG = re.compile(r"<(?![/a-zA-Z][^<>]*>)")
 _BLOCK_TAG = re.compile(r"</?(?:blockquote|center|div|dl|h[1-6]|hr|li|ol|p|poem|ul)\b[^<>]*>", re.IGNORECASE)
 _OWN_LINE = re.compile(r"^(?:[*#:;]|=.*=[ \t]*$|----).*$", re.MULTILINE)
@@ -163,7 +163,8 @@ def _read_dump(xml: str) -> tuple[frozenset[str], list[_Page]]:
             pages.append(_page(page))
     except _MALFORMED as error:
         where = f"after page '{pages[-1].title}'" if pages else "at its start"
-        raise UserError(f"the dump is malformed {where}: {str(error).splitlines()[0]}; get it again") from None
+        reason = (str(error) or "no <mediawiki> and <siteinfo>").splitlines()[0]
+        raise UserError(f"the dump is malformed {where}: {reason}; get it again") from None
     return frozenset(map(_normalized, [*hidden, "file", "image", "category"])), pages
 
 
@@ -212,8 +213,9 @@ def _innermost_first(pattern: re.Pattern[str], replacement: str | Callable[[re.M
 
 def _as_entities(element: re.Match[str]) -> str:
     """Nothing of a hidden element; what ``<nowiki>`` protects, out of the reach of all that follows."""
-    inside = element["inside"] if (element["tag"] or "").lower() == "nowiki" else None
-    return "".join(f"&#{ord(character)};" for character in _unescaped(inside or ""))
+    if (element["tag"] or "").lower() != "nowiki":
+        return ""
+    return "".join(f"&#{ord(character)};" for character in _unescaped(element["inside"] or ""))
 
 
 def _without_quotes(line: re.Match[str]) -> str:

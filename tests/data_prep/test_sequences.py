@@ -79,8 +79,10 @@ def test_a_sequence_ends_at_a_sentence_end() -> None:
     assert cut_at_sentences(sentences, [14] * 9, max_tokens=14) == [11, 14, 3]
 
 
-def test_a_sentence_that_is_too_long_is_cut_into_full_sequences() -> None:
+def test_a_sentence_that_is_too_long_is_cut_at_the_targets() -> None:
     assert cut_at_sentences([4, 30, 5], [10] * 9, max_tokens=10) == [4, 10, 10, 10, 5]
+    assert cut_at_sentences([33, 5], [10, 3, 10, 10, 10], max_tokens=10) == [10, 3, 10, 10, 5]
+    assert sum(cut_at_sentences([1000], [2, 7], max_tokens=10)) == 1000
     assert cut_at_sentences([33, 5], [10] * 9, max_tokens=10) == [10, 10, 10, 8]
 
 

@@ -1,8 +1,9 @@
-"""A build that is killed at any moment goes on, and ends with the same bytes as one that was left alone."""
+"""A build that is killed, loses a worker or fills the disk goes on with the same command, to the same bytes."""
 
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -47,9 +48,18 @@ def config_file(tmp_path_factory) -> Path:
     return folder / "config.yaml"
 
 
-def start(config_file: Path, out: Path) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def expected(config_file, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a build that was left alone."""
+    out = tmp_path_factory.mktemp("expected") / "data"
+    finish(config_file, out)
+    return contents(out)
+
+
+def start(config_file: Path, out: Path, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "data_prep", "build", "--config", str(config_file), "--output_dir", str(out)]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes, **options)
 
 
 def phase(out: Path) -> str:
@@ -96,9 +106,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_in_all_phases_change_no_byte(config_file, tmp_path) -> None:
-    finish(config_file, tmp_path / "expected")
-    expected = contents(tmp_path / "expected")
+def test_twenty_kills_in_all_phases_change_no_byte(config_file, expected, tmp_path) -> None:
     draw = random.Random(1)
     hits: Counter[str] = Counter()
     for number in range(MOST_ROUNDS):
@@ -127,3 +135,53 @@ def position(name: str) -> int:
 
 def noted(shard: Path) -> bool:
     return (shard.parent / "work" / f"{shard.name}.sha256").exists()
+
+
+def error_line(process: subprocess.Popen) -> str:
+    """What a command that failed says to people."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("kilobytes", [100, 1500, 3000])
+def test_a_full_disk_ends_in_one_line_and_the_build_goes_on(kilobytes, config_file, expected, tmp_path) -> None:
+    # The largest file allowed stands in for the disk: the tokenizer, units, token file or shards don't fit.
+    limit = (kilobytes * 1000, kilobytes * 1000)
+    process = start(config_file, tmp_path / "data", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert "run the same command again, which goes on from here" in error_line(process)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    finish(config_file, tmp_path / "data")
+    assert contents(tmp_path / "data") == expected
+
+
+def test_a_worker_that_dies_ends_in_one_line_and_the_build_goes_on(config_file, expected, tmp_path) -> None:
+    out = tmp_path / "data"
+    process = start(config_file, out)
+    while process.poll() is None and phase(out) == "start":
+        time.sleep(0.001)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert "a worker process died" in error_line(process)
+    finish(config_file, out)
+    assert contents(out) == expected
+
+
+def test_a_source_that_changed_is_refused_by_name(config_file, tmp_path) -> None:
+    config = yaml.safe_load(config_file.read_text())
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(config["sources"][0]["path"]).read_bytes())
+    changed_config = tmp_path / "config.yaml"
+    changed_config.write_text(yaml.safe_dump({**config, "sources": [{"kind": "text", "path": str(text)}]}))
+    out = tmp_path / "data"
+    kill_in("tokenise", changed_config, out, random.Random(3))
+    with text.open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"xxxx")  # the same size and the same ends: only reading it all tells
+    assert f"source {text} changed" in error_line(start(changed_config, out))
+    text.write_text("another text")
+    assert f"{text} has changed" in error_line(start(changed_config, out))
