@@ -45,6 +45,7 @@ def build(config: DataConfig, output_dir: Path) -> dict[str, Any]:
         UserError: no text, a source or tokenizer that can't be read, a folder of another configuration or of other
             sources, a full disk, or a worker that died.
     """
+    output_dir = output_dir.absolute()  # a cluster's workers start elsewhere
     check_folder(output_dir, config, _WHERE_IT_RUNS)
     sources = _check_sources(config, output_dir)
     claim_folder(output_dir, config, _WHERE_IT_RUNS)

@@ -138,6 +138,8 @@ def _sample(source: Source, config: DataConfig, megabytes: float, tokenizer: "Pr
 def _blocks(source: Source, megabytes: float) -> Iterator[Block]:
     """The first blocks of a few files that are spread over all of them; of a data set, its first blocks."""
     files = source.files
+    if sum(file.stat().st_size for file in files) <= megabytes * 1e6:
+        files = []  # all of it, in its own order
     chosen = files[:: -(-len(files) // _FILES_A_SOURCE)] if files else []
     for part in [replace(source, path=str(file)) for file in chosen] or [source]:
         size = 0.0

@@ -60,6 +60,11 @@ def test_text_that_is_not_there(content, words, tmp_path, capsys, monkeypatch) -
         (["--dupe_factor", "0"], "dupe_factor must be at least 1"),
         (["--sources", '[{"kind": "txet"}]'], "kind"),
         (["--sources", '[{"kind": "text", "path": null}]'], "needs a path"),
+        (["--sources", '[{"kind": "text", "path": "a", "rows_per_document": 0}]'], "rows_per_document"),
+        (["--masked_lm_prob", "[0.1, 0.2]"], "one for each of the dupe_factor copies"),
+        (["--masked_lm_prob", "1.5"], "masked_lm_prob must lie between 0 and 1"),
+        (["--sentence_splitter", "nltk"], "sentence_splitter"),
+        (["--executor", "dask"], "needs the address of its scheduler"),
         (["--tokenizer", "nowhere/vocab.txt"], "nowhere/vocab.txt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--vocab_size", "-5"], "vocab_size"),
@@ -115,6 +120,51 @@ def test_a_vocabulary_without_mask(tmp_path, capsys, monkeypatch) -> None:
     tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(vocabulary))
     arguments = build_arguments(tmp_path, tmp_path / "out", "--tokenizer", str(vocabulary))
     fails_with(capsys, monkeypatch, arguments, "mask_token")
+
+
+def test_whole_words_need_a_tokenizer_that_marks_them(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one"])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]")).save(str(tmp_path / "words.json"))
+    arguments = build_arguments(tmp_path, tmp_path / "out", "--tokenizer", str(tmp_path / "words.json"))
+    fails_with(capsys, monkeypatch, [*arguments, "--whole_word_masking", "true"], "marks where words begin")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "words"),
+    [
+        ("wikipedia_xml", "a.xml", "not a MediaWiki XML dump"),
+        ("wikiextractor", "wiki_00", "holds no text"),
+        ("jsonl", "a.jsonl", "set 'field'"),
+        ("parquet", "a.parquet", "can't read"),
+    ],
+)
+def test_a_file_of_another_kind(kind, file, words, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / file).write_text("Plain text.\n\nNothing else.\n")
+    sources = json.dumps([{"kind": kind, "path": str(tmp_path / file)}])
+    arguments = ["build", "--sources", sources, "--tokenizer", "train", "--output_dir", str(tmp_path / "out")]
+    fails_with(capsys, monkeypatch, arguments, file, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [(["--num_gpus", "0"], "above 0"), (["--sources", TEXT_SOURCE % "nowhere"], "nowhere"), (["--gpus", "8"], "gpus")],
+)
+def test_plan_options(option, words, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    arguments = ["plan", "--sources", TEXT_SOURCE % tmp_path, "--tokenizer", "train", *option]
+    fails_with(capsys, monkeypatch, arguments, words)
+
+
+def test_a_tokenizer_folder_of_another_configuration(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("One document.\n\nAnother one.\n")
+    arguments = ["train_tokenizer", "--sources", TEXT_SOURCE % tmp_path, "--output_dir", str(tmp_path / "out")]
+    data_prep_commands.COMMANDS["train_tokenizer"]([*arguments[1:], "--vocab_size", "100"])
+    data_prep_commands.COMMANDS["train_tokenizer"]([*arguments[1:], "--vocab_size", "100"])  # there already
+    capsys.readouterr()
+    fails_with(capsys, monkeypatch, [*arguments, "--vocab_size", "200"], "vocab_size: 100 there, 200 now")
 
 
 def test_an_output_folder_of_something_else(tmp_path, capsys, monkeypatch) -> None:

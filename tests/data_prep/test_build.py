@@ -3,16 +3,12 @@
 import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import datasets
 import h5py
 import numpy as np
 import pytest
@@ -22,8 +18,8 @@ from common.errors import UserError
 from data_prep.build import build
 from data_prep.config import DataConfig
 from data_prep.demo_corpus import demo_documents
-from data_prep.documents import Source, read_documents
-from data_prep.inspect import inspect_folder, verify
+from data_prep.documents import Source
+from data_prep.inspect import inspect_folder, summary, verify
 from data_prep.shards import SplitReader, read_manifest
 from data_prep.tokenizer import load_tokenizer
 
@@ -112,35 +108,12 @@ def test_shards_have_the_documented_format(folder) -> None:
     }
 
 
-def test_one_worker_and_two_make_the_same_bytes(folder, config, tmp_path) -> None:
-    build(replace(config, num_workers=1), tmp_path / "one")
-    assert shard_bytes(tmp_path / "one") == shard_bytes(folder)
-    first, second = (json.loads((place / "manifest.json").read_text()) for place in (folder, tmp_path / "one"))
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_any_number_of_workers_makes_the_same_bytes(num_workers, folder, config, tmp_path) -> None:
+    build(replace(config, num_workers=num_workers), tmp_path / "other")
+    assert shard_bytes(tmp_path / "other") == shard_bytes(folder)
+    first, second = (json.loads((place / "manifest.json").read_text()) for place in (folder, tmp_path / "other"))
     assert first == second
-
-
-def test_a_killed_build_goes_on_to_the_same_bytes(folder, text_file, tmp_path) -> None:
-    out = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep",
-        "build",
-        "--config",
-        str(folder / "config.yaml"),
-        "--output_dir",
-        str(out),
-    ]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("train-*.h5")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    assert shard_bytes(out) == shard_bytes(folder)
-    assert not (out / "work").exists()
 
 
 def test_a_second_build_touches_no_shard(folder, config) -> None:
@@ -149,16 +122,98 @@ def test_a_second_build_touches_no_shard(folder, config) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.h5")} == before
 
 
-def test_verify_names_a_shard_with_one_flipped_bit(config, tmp_path) -> None:
-    build(config, tmp_path / "data")
-    manifest = read_manifest(tmp_path / "data")
-    verify(manifest)
-    shard = tmp_path / "data" / "train-00001.h5"
-    content = bytearray(shard.read_bytes())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00001\.h5 is damaged"):
-        verify(manifest)
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": (flip_a_bit, "train-00001.h5 is damaged"),
+    "a missing shard": (Path.unlink, "train-00001.h5 is missing"),
+    "a truncated shard": (lambda path: os.truncate(path, 1000), "train-00001.h5 is damaged"),
+    "another's shard": (lambda path: shutil.copy(path.with_name("train-00000.h5"), path), "train-00001.h5 is damaged"),
+    "a shard too many": (
+        lambda path: shutil.copy(path, path.with_name("extra.h5")),
+        "extra.h5 is not of this data set",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_the_damage_and_a_rebuild_makes_just_that_again(damage, folder, config, tmp_path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    verify(read_manifest(copy))
+    kept = {path.name: path.stat().st_ino for path in copy.glob("*.h5") if path.name != "train-00001.h5"}
+    change, words = DAMAGES[damage]
+    change(copy / "train-00001.h5")
+    with pytest.raises(UserError, match=words):
+        verify(read_manifest(copy))
+    build(config, copy)
+    (copy / "extra.h5").unlink(missing_ok=True)
+    verify(read_manifest(copy))
+    assert shard_bytes(copy) == shard_bytes(folder)
+    assert {path.name: path.stat().st_ino for path in copy.glob("*.h5") if path.name in kept} == kept
+
+
+def test_a_whole_folder_needs_its_sources_no_more(folder, config, text_file, tmp_path) -> None:
+    own_text = tmp_path / "text.txt.gz"
+    shutil.copy(text_file, own_text)
+    config = replace(config, sources=[Source("text", str(own_text))])
+    build(config, tmp_path / "data")
+    own_text.unlink()
+    build(config, tmp_path / "data")
+    with gzip.open(own_text, "wt") as file:
+        file.write("another text")
+    with pytest.raises(UserError, match=rf"made of other sources \({own_text} has changed\)"):
+        build(config, tmp_path / "data")
+
+
+def test_duplicates_and_short_documents_are_left_out_and_counted(tmp_path) -> None:
+    documents = [f"Document number {number} is about herons. They wait." for number in range(50)]
+    (tmp_path / "a.txt").write_text("\n\n".join([*documents, "short", *documents[:20], "\0"]), encoding="utf-8")
+    source = Source("text", str(tmp_path / "a.txt"))
+    config = DataConfig([source], "train", vocab_size=200, deduplicate=True, min_document_characters=10)
+    manifest = build(config, tmp_path / "data")
+    assert manifest["num_documents"] == 50
+    assert manifest["cleaning"] == {
+        "short_documents": 1,
+        "control_characters": 1,
+        "empty_documents": 1,
+        "duplicate_documents": 20,
+    }
+    shown = summary(read_manifest(tmp_path / "data"))
+    assert "duplicate documents" in shown
+
+
+def test_validation_is_masked_alike_whatever_the_copies_probabilities(folder, config, tmp_path) -> None:
+    several = replace(config, masked_lm_prob=[0.1, 0.2, 0.3, 0.4], max_predictions_per_seq=10)
+    build(several, tmp_path / "several")
+    names = [path.name for path in folder.glob("validation-*.h5")]
+    assert {name: data for name, data in shard_bytes(tmp_path / "several").items() if name in names} == {
+        name: data for name, data in shard_bytes(folder).items() if name in names
+    }
+    assert shard_bytes(tmp_path / "several") != shard_bytes(folder)
+
+
+def test_whole_words_of_the_tokenizer_are_masked_together(config, tmp_path) -> None:
+    config = replace(config, whole_word_masking=True, max_predictions_per_seq=20)
+    build(config, tmp_path / "words")
+    manifest = read_manifest(tmp_path / "words")
+    tokenizer = load_tokenizer(str(manifest.tokenizer_folder))
+    tokens = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    reader = SplitReader(manifest, "train")
+    rows = reader.read_range(0, reader.num_rows)
+    reader.close()
+    original = rows.input_ids.copy()
+    masked = np.zeros(original.shape, dtype=bool)
+    row, slot = np.nonzero(rows.masked_lm_positions)
+    position = rows.masked_lm_positions[row, slot]
+    original[row, position], masked[row, position] = rows.masked_lm_ids[row, slot], True
+    goes_on = np.char.startswith(tokens[original[:, 1:]], "##")
+    assert goes_on.sum() > 1000
+    assert (masked[:, 1:] == masked[:, :-1])[goes_on].all()
 
 
 def test_inspect_shows_each_mask_with_its_original(folder) -> None:
@@ -169,25 +224,8 @@ def test_inspect_shows_each_mask_with_its_original(folder) -> None:
     assert shown.count("=>") == predictions
 
 
-def test_documents_of_a_hub_data_set_are_rows_joined(tmp_path) -> None:
-    sentences = [f"sentence {number}" for number in range(7)]
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict({"text": sentences}).to_parquet(tmp_path / "set" / "train.parquet")
-    documents = list(read_documents([Source("huggingface", str(tmp_path / "set"), rows_per_document=3)]))
-    assert documents == ["\n".join(sentences[:3]), "\n".join(sentences[3:6]), sentences[6]]
-
-
-def test_text_documents_end_at_blank_lines(tmp_path) -> None:
-    (tmp_path / "a.txt").write_text("one\ntwo\n\n \nthree\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_text("\nfour", encoding="utf-8")
-    assert list(read_documents([Source("text", str(tmp_path))])) == ["one\ntwo", "three", "four"]
-
-
-def test_a_rebuild_makes_damaged_shards_and_tokenizers_again(folder, config, tmp_path) -> None:
-    build(config, tmp_path / "data")
-    damaged, missing = tmp_path / "data" / "train-00000.h5", tmp_path / "data" / "train-00001.h5"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    missing.unlink()
+def test_a_rebuild_makes_a_damaged_tokenizer_again(folder, config, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
     build(config, tmp_path / "data")
     assert shard_bytes(tmp_path / "data") == shard_bytes(folder)
