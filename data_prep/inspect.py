@@ -45,13 +45,16 @@ def show_rows(manifest: Manifest, num_rows: int) -> str:
 
 
 def _show_row(rows: Rows, index: int, tokenizer: "PreTrainedTokenizerFast") -> str:
-    seen = tokenizer.convert_ids_to_tokens(rows.input_ids[index, : rows.sequence_length[index]].tolist())
-    for position, original in zip(rows.masked_lm_positions[index], rows.masked_lm_ids[index], strict=True):
-        if position:
-            seen[position] = f"[{seen[position].strip('[]')}=>{tokenizer.convert_ids_to_tokens(int(original))}]"
-    num_predictions = np.count_nonzero(rows.masked_lm_positions[index])
-    text = " ".join(seen).replace(" ##", "")
-    return f"row {index}: {rows.sequence_length[index]} tokens, {num_predictions} predictions\n{text}"
+    shown = tokenizer.convert_ids_to_tokens(rows.input_ids[index, : rows.sequence_length[index]].tolist())
+    predictions = np.flatnonzero(rows.masked_lm_positions[index])
+    for slot in predictions:
+        position = rows.masked_lm_positions[index, slot]
+        original = tokenizer.convert_ids_to_tokens(int(rows.masked_lm_ids[index, slot]))
+        seen = shown[position].removeprefix("##").strip("[]")
+        glue = "##" if original.startswith("##") else ""  # a word's later parts follow without a space
+        shown[position] = f"{glue}[{seen}=>{original.removeprefix('##')}]"
+    text = " ".join(shown).replace(" ##", "")
+    return f"row {index}: {rows.sequence_length[index]} tokens, {len(predictions)} predictions\n{text}"
 
 
 def verify(manifest: Manifest) -> None:

@@ -69,6 +69,12 @@ def units(tmp_path_factory) -> Iterator[ModuleType]:
     del sys.modules["work_units"]
 
 
+@pytest.fixture
+def python_path(units) -> str:
+    """Where other processes find this project and the units."""
+    return os.pathsep.join([str(ROOT), str(Path(units.__file__).parent)])
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -97,9 +103,6 @@ def error_line(kind: str, scheduler: str | None, function: Callable, items: Iter
     with pytest.raises(UserError) as caught, open_pool(kind, 2, scheduler) as pool:
         list(pool.run_all(function, items))
     return str(caught.value)
-
-
-# The queue
 
 
 @pytest.fixture
@@ -135,8 +138,7 @@ def test_at_most_two_items_a_worker_are_taken_and_unfinished(threads) -> None:
         with lock:
             finished += 1
 
-    for _ in WorkPool(threads, lambda: 3).run_all(unit, items()):
-        pass
+    list(WorkPool(threads, lambda: 3).run_all(unit, items()))
     assert most == 6
 
 
@@ -159,9 +161,6 @@ def test_workers_that_join_get_work_before_a_unit_ends(threads, monkeypatch) -> 
     together = threading.Barrier(4)
     pool = WorkPool(threads, lambda: next(numbers, 2))
     assert sorted(pool.run_all(lambda _: together.wait(PATIENCE_SECONDS), range(4))) == [0, 1, 2, 3]
-
-
-# Processes
 
 
 def test_processes_give_each_result_once(units, tmp_path) -> None:
@@ -188,7 +187,7 @@ def test_a_worker_process_that_dies_ends_in_one_line(units) -> None:
 
 
 @pytest.fixture
-def parent_at_work(units, tmp_path) -> Iterator[subprocess.Popen]:
+def parent_at_work(python_path, tmp_path) -> Iterator[subprocess.Popen]:
     """A command with two worker processes, one of them within a unit of five minutes, the other idle."""
     program = """
         import sys
@@ -198,22 +197,19 @@ def parent_at_work(units, tmp_path) -> Iterator[subprocess.Popen]:
         from data_prep.executors import open_pool
 
         folder = Path(sys.argv[1])
-
         def items():
             while len({path.name.split(".")[1] for path in folder.glob("*.started")}) < 2:
                 yield folder, 0, 0.02, b""
             yield folder, 1, 300, b""
-
         def work():
             with open_pool("processes", 2, None) as pool:
                 list(pool.run_all(work_units.digest, items()))
-
         if __name__ == "__main__":
             run(work)
     """
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(units.__file__).parent)])}
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": python_path}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: 1 in started_by(tmp_path))
@@ -241,33 +237,26 @@ def test_ctrl_c_is_left_to_the_parent_which_ends_all_without_a_word(parent_at_wo
     assert not any(map(is_running, workers))
 
 
-# Dask: a scheduler and workers as on a real cluster, each in its own process with its own memory
-
-
 class Cluster:
     """A Dask scheduler, and workers that are as separate as those of different machines."""
 
-    def __init__(self, port: int, python_path: list[Path], log: Path) -> None:
+    def __init__(self, port: int, python_path: str, folder: Path) -> None:
         self.address = f"tcp://127.0.0.1:{port}"
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path))}
-        self._log = log
+        self._environment = os.environ | {"PYTHONPATH": python_path}
+        self._folder = folder
         self._processes: list[subprocess.Popen] = []
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", str(port))
 
     def add_worker(self, *options: str, **environment: str) -> subprocess.Popen:
-        worker = ["worker", self.address, "--nthreads", "1", "--local-directory", str(self._log.parent), *options]
+        worker = ["worker", self.address, "--nthreads", "1", "--local-directory", str(self._folder), *options]
         return self._start(*worker, **environment)
 
     def _start(self, *command: str, **environment: str) -> subprocess.Popen:
-        with self._log.open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dask", *command, "--no-dashboard"],
-                env=self._environment | environment,
-                cwd=self._log.parent,
-                start_new_session=True,  # so that a worker dies with the nanny that would restart it
-                stdout=log,
-                stderr=log,
-            )
+        command = [sys.executable, "-m", "dask", *command, "--no-dashboard"]
+        with (self._folder / "cluster.log").open("a") as log:
+            # In a session of its own, so that a worker dies with the nanny that would start it again.
+            where = {"cwd": self._folder, "start_new_session": True, "stdout": log, "stderr": log}
+            process = subprocess.Popen(command, env=self._environment | environment, **where)
         self._processes.append(process)
         return process
 
@@ -282,9 +271,9 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(free_port, units, tmp_path) -> Iterator[Cluster]:
+def cluster(free_port, python_path, tmp_path) -> Iterator[Cluster]:
     pytest.importorskip("distributed")
-    cluster = Cluster(free_port, [ROOT, Path(units.__file__).parent], tmp_path / "cluster.log")
+    cluster = Cluster(free_port, python_path, tmp_path)
     yield cluster
     cluster.close()
 
@@ -315,8 +304,7 @@ def test_a_dask_worker_that_is_killed_costs_no_result(cluster, units, tmp_path, 
     expected = [hashlib.sha256(text).hexdigest() for text in texts]
     assert found == list(enumerate(expected))
     assert [(tmp_path / f"{number}.digest").read_text() for number in range(36)] == expected
-    assert killed_in
-    assert all(len(started_by(tmp_path)[number]) == 2 for number in killed_in)  # another began them again
+    assert {len(started_by(tmp_path)[number]) for number in killed_in} == {2}  # another began them again
     assert not [warning for warning in recwarn if "large" in str(warning.message)]
 
 
@@ -328,16 +316,13 @@ def endless_items(folder: Path, on_the_way: Callable[[], object]) -> Iterator[tu
         yield folder, number, 0.1, b""
 
 
-def test_an_error_in_a_dask_unit_comes_through_unchanged(cluster, units) -> None:
-    for _ in range(2):
-        cluster.add_worker("--no-nanny")
-    assert error_line("dask", cluster.address, units.refuse, range(20)) == "row 1 is bad: mend it"
-
-
-def test_a_unit_that_kills_every_dask_worker_ends_in_one_line(cluster, units) -> None:
-    cluster.add_worker()
-    line = error_line("dask", cluster.address, units.die, range(2))
-    assert re.fullmatch("several Dask workers died .* same command again, which continues", line)
+@pytest.mark.parametrize(
+    ("unit", "line"),
+    [("refuse", "row 1 is bad: mend it"), ("die", "several Dask workers died .* same command again, which continues")],
+)
+def test_a_dask_unit_that_fails_or_kills_its_workers_ends_in_one_line(cluster, units, unit, line) -> None:
+    cluster.add_worker("--nthreads", "2")
+    assert re.fullmatch(line, error_line("dask", cluster.address, getattr(units, unit), range(20)))
 
 
 def test_a_lost_dask_scheduler_ends_in_one_line(cluster, units, tmp_path) -> None:
@@ -353,41 +338,38 @@ def test_a_dask_worker_without_this_project_is_refused(cluster, units) -> None:
     assert re.search("can't run this project .*No module named 'data_prep'.* PYTHONPATH=/", line)
 
 
-@pytest.fixture
-def other_library(tmp_path) -> Path:
-    """A path on which Python finds another release of tokenizers."""
-    folder = tmp_path / "other"
+def other_library(folder: Path) -> None:
+    """Let Python find another release of tokenizers in ``folder``."""
     information = folder / "tokenizers-0.1.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.1\n")
-    return folder
 
 
-@pytest.fixture
-def other_project(tmp_path) -> Path:
-    """A copy of this project in which one line differs."""
-    folder = tmp_path / "other"
+def other_project(folder: Path) -> None:
+    """Copy this project to ``folder``, and change a line."""
     for package in ("common", "data_prep"):
         shutil.copytree(ROOT / package, folder / package)
     with (folder / "data_prep" / "masking.py").open("a") as file:
         file.write("# another line\n")
-    return folder
 
 
-@pytest.mark.parametrize(("path", "named"), [("other_library", "tokenizers 0.1"), ("other_project", "project files")])
-def test_a_dask_worker_that_would_make_other_bytes_is_refused(cluster, units, path, named, request) -> None:
-    cluster.add_worker("--no-nanny", PYTHONPATH=f"{request.getfixturevalue(path)}{os.pathsep}{ROOT}")
+@pytest.mark.parametrize(("make", "named"), [(other_library, r"tokenizers 0\.1"), (other_project, "project files")])
+def test_a_dask_worker_that_would_make_other_bytes_is_refused(
+    cluster, units, make, named, python_path, tmp_path
+) -> None:
+    make(tmp_path / "other")
+    cluster.add_worker("--no-nanny", PYTHONPATH=f"{tmp_path / 'other'}{os.pathsep}{python_path}")
     line = error_line("dask", cluster.address, units.refuse, [])
-    assert re.search(f" has {re.escape(named)}.*, this command has .*: start .* PYTHONPATH=/", line)
+    assert re.search(f" has {named}.*, this command has .*: start .* PYTHONPATH=/", line)
 
 
-def test_such_a_dask_worker_that_joins_later_writes_nothing(cluster, other_library, units, tmp_path) -> None:
+def test_such_a_dask_worker_that_joins_later_writes_nothing(cluster, units, python_path, tmp_path) -> None:
+    other_library(tmp_path / "other")
     cluster.add_worker("--no-nanny")
     late: list[subprocess.Popen] = []
 
     def join() -> None:
-        path = os.pathsep.join(map(str, [other_library, ROOT, Path(units.__file__).parent]))
-        late.append(cluster.add_worker("--no-nanny", PYTHONPATH=path))
+        late.append(cluster.add_worker("--no-nanny", PYTHONPATH=f"{tmp_path / 'other'}{os.pathsep}{python_path}"))
 
     line = error_line("dask", cluster.address, units.digest, endless_items(tmp_path, join))
     assert " has tokenizers 0.1, " in line
