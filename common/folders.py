@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -31,12 +32,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A file or folder of that name is replaced.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # no other process or machine has this name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         if path.is_dir():  # a folder can't be renamed over another
-            replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+            replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
             os.rename(path, replaced)
             os.rename(temporary, path)
             _remove(replaced)

@@ -157,7 +157,8 @@ def _tokenize(config: DataConfig, output_dir: Path, work: Path, pool: WorkPool) 
 
         return tokenize_corpus(
             blocks=blocks(),
-            rule=text_rule(config, output_dir / TOKENIZER_FOLDER / "tokenizer.json"),
+            tokenizer_file=output_dir / TOKENIZER_FOLDER / "tokenizer.json",
+            rule=text_rule(config),
             validation_fraction=config.validation_fraction,
             deduplicate=config.deduplicate,
             work=work,

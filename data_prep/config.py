@@ -1,7 +1,6 @@
 """The configuration of a data folder, and the rules that follow from it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -100,10 +99,9 @@ class DataConfig:
         return BERT_MASKED_LM_PROB if isinstance(self.masked_lm_prob, list) else self.masked_lm_prob
 
 
-def text_rule(config: DataConfig, tokenizer_file: Path) -> TextRule:
+def text_rule(config: DataConfig) -> TextRule:
     """How the configuration turns records into sequences."""
     return TextRule(
-        tokenizer_file=tokenizer_file,
         sequences=SequenceRule(config.max_seq_length, config.short_seq_prob, config.seed),
         sentence_splitter=config.sentence_splitter,
         language=config.language,

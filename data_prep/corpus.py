@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from common.errors import UserError
-from common.folders import atomic_path, read_json, write_json
+from common.folders import atomic_path, read_json, sha256_of_file, write_json
 from data_prep.documents import Block, parse_block
 from data_prep.encoding import SentenceEncoder
 from data_prep.executors import WorkPool
@@ -43,8 +44,6 @@ _DOCUMENT = np.dtype([("key", np.uint64, 2), ("sequences", np.int64), ("tokens",
 class TextRule:
     """How records become sequences."""
 
-    tokenizer_file: Path
-    """A ``tokenizer.json``."""
     sequences: SequenceRule
     sentence_splitter: SentenceSplitter
     language: str
@@ -73,6 +72,7 @@ class Corpus:
 
 def tokenize_corpus(
     blocks: Iterable[Block],
+    tokenizer_file: Path,
     rule: TextRule,
     validation_fraction: float,
     deduplicate: bool,
@@ -83,6 +83,7 @@ def tokenize_corpus(
 
     Args:
         blocks: what the sources hold, in an order that is the same at every call.
+        tokenizer_file: a ``tokenizer.json`` that the workers can read.
         rule: how records become sequences.
         validation_fraction: share of the documents to hold out.
         deduplicate: leave out documents whose text came before.
@@ -94,7 +95,8 @@ def tokenize_corpus(
     """
     if not (work / _CORPUS_FILE).exists():
         work.mkdir(parents=True, exist_ok=True)
-        for _ in pool.run_all(partial(_tokenize_unit, rule=rule), _missing_units(blocks, work)):
+        tokenizer = (tokenizer_file, sha256_of_file(tokenizer_file))
+        for _ in pool.run_all(partial(_tokenize_unit, tokenizer=tokenizer, rule=rule), _missing_units(blocks, work)):
             pass
         _join_units(work, validation_fraction, deduplicate, rule.sequences)
     return load_corpus(work)
@@ -127,13 +129,14 @@ def _missing_units(blocks: Iterable[Block], work: Path) -> Iterator[tuple[Block,
             )
 
 
-def _tokenize_unit(unit: tuple[Block, Path], rule: TextRule) -> None:
+def _tokenize_unit(unit: tuple[Block, Path], tokenizer: tuple[Path, str], rule: TextRule) -> None:
     block, path = unit
+    encoder = _encoder(*tokenizer, threading.get_ident())
     counts: Counter[str] = Counter()
     documents = list(parse_block(block, rule.min_document_characters, counts))
     keys = document_keys(documents)
     splitter = sentence_splitter(rule.sentence_splitter, rule.language)
-    result = tokenize_documents(documents, keys[:, 0], splitter, _encoder(rule.tokenizer_file), rule.sequences)
+    result = tokenize_documents(documents, keys[:, 0], splitter, encoder, rule.sequences)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, keys=keys, counts=json.dumps(counts), **asdict(result))
 
@@ -144,8 +147,8 @@ def document_keys(documents: list[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 
 
-@cache  # once a worker process
-def _encoder(tokenizer_file: Path) -> SentenceEncoder:
+@cache  # one for each thread of a worker, because the words it keeps are not shared
+def _encoder(tokenizer_file: Path, sha256: str, thread: int) -> SentenceEncoder:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     return SentenceEncoder(tokenizers.Tokenizer.from_file(str(tokenizer_file)))
 

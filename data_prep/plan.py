@@ -62,7 +62,7 @@ class Plan:
             "rows to train on": f"{self.rows:,.0f} ({config.dupe_factor} masked copies)",
             "time": f"{_duration(self.seconds)} with {config.num_workers} workers like this machine's",
             "disk": f"{_gigabytes(self.shard_bytes)} of shards, {_gigabytes(self.work_bytes)} more meanwhile",
-            "memory": f"{_gigabytes(self.memory_bytes)} for {config.num_workers} workers and their parent",
+            "memory": f"at most {_gigabytes(self.memory_bytes)} for {config.num_workers} workers and their parent",
             "training": f"{hours:,.1f} hours on {num_gpus} GPUs at {sequences_per_second:,.0f} sequences/s each "
             "before a row comes twice",
         }
@@ -123,7 +123,7 @@ class _Sample:
 
 
 def _sample(source: Source, config: DataConfig, megabytes: float, tokenizer: "PreTrainedTokenizerFast") -> _Sample:
-    rule = text_rule(config, Path())
+    rule = text_rule(config)
     encoder = SentenceEncoder(tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     split = sentence_splitter(rule.sentence_splitter, rule.language)
     blocks = list(_blocks(source, megabytes))

@@ -15,13 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
 from data_prep import executors
+from data_prep.build import build
+from data_prep.config import DataConfig
+from data_prep.documents import Source
 from data_prep.executors import WorkPool, open_pool
 
 ROOT = Path(__file__).parents[2]
@@ -306,6 +311,30 @@ def test_a_dask_worker_that_is_killed_costs_no_result(cluster, units, tmp_path, 
     assert [(tmp_path / f"{number}.digest").read_text() for number in range(36)] == expected
     assert {len(started_by(tmp_path)[number]) for number in killed_in} == {2}  # another began them again
     assert not [warning for warning in recwarn if "large" in str(warning.message)]
+
+
+def test_a_build_on_a_cluster_that_loses_a_worker_makes_the_same_bytes(cluster, tmp_path) -> None:
+    victim, *_ = [cluster.add_worker("--no-nanny", "--nthreads", "2") for _ in range(2)]
+    generator = np.random.default_rng(0)
+    documents = [" ".join(map(str, generator.integers(0, 999, 500))) + "." for _ in range(10_000)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    config = DataConfig(
+        [Source("text", str(tmp_path / "text.txt"))], "train", vocab_size=300, dupe_factor=2, rows_per_shard=9000
+    )
+    build(config, tmp_path / "processes")
+
+    def kill() -> None:
+        wait_for(lambda: list((tmp_path / "dask" / "work").glob("unit-*.npz")))
+        cluster.kill(victim)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    build(replace(config, executor="dask", scheduler=cluster.address), tmp_path / "dask")
+    killer.join()
+    files = [path.name for path in (tmp_path / "processes").glob("*.h5")] + ["manifest.json"]
+    assert len(files) > 10
+    for name in files:
+        assert (tmp_path / "dask" / name).read_bytes() == (tmp_path / "processes" / name).read_bytes()
 
 
 def endless_items(folder: Path, on_the_way: Callable[[], object]) -> Iterator[tuple]:
