@@ -11,7 +11,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
 
-.PHONY: setup demo real test lint clean
+.PHONY: setup demo real test lint bench-data clean
 
 setup: .venv/ready
 
@@ -53,6 +53,10 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Data preparation against its limits; DATA as above. Give it an idle machine.
+bench-data: setup
+	$(BIN)/python benchmarks/data_prep.py --data $(DATA)
 
 # The runs are yours: `make clean` leaves them.
 clean:
