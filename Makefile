@@ -11,7 +11,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
 
-.PHONY: setup demo real test lint bench-data clean
+.PHONY: setup demo real test test-slow lint bench-data clean
 
 setup: .venv/ready
 
@@ -49,6 +49,9 @@ real: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

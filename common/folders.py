@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from common.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as atomic_path names them
 _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "h5py", "numpy", "optuna")
 
 
@@ -85,6 +87,23 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_undamaged(path: Path, sha256: str) -> bool:
+    """Whether the file is there, byte by byte as it was."""
+    return path.is_file() and sha256_of_file(path) == sha256
+
+
+@contextlib.contextmanager
+def errors_of_writing(folder: Path) -> Iterator[None]:
+    """Tell a full disk, or a folder that can't be written to, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write to {folder} ({error.strerror or str(error).splitlines()[0]}): mend that and run the same "
+            "command again, which goes on from here, or give another --output_dir"
+        ) from None
+
+
 def require_folder(path: Path, what: str) -> Path:
     """``path`` if it is a folder; a clear line that names it as ``what`` otherwise."""
     if not path.is_dir():
@@ -140,16 +159,29 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only one who writes to ``folder``, a claimed one; the system gives the lock up when the process ends.
+    """Be the only one who writes to ``folder``; the system gives the lock up when the process ends.
+
+    What a process that was killed left half-written there is removed.
 
     Raises:
         UserError: another process is at work there.
     """
     try:
         with file_lock(folder / ".lock", blocking=False):
+            _clear_leftovers(folder)
             yield
     except BlockingIOError:
         raise UserError(f"another process is at work in {folder}: wait for its end, or stop it") from None
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for path in folder.rglob(".*"):
+        if leftover := _LEFTOVER.fullmatch(path.name):
+            replaced = path.with_name(leftover["name"])
+            if leftover["kind"] == "old" and not replaced.exists():
+                os.rename(path, replaced)
+            else:
+                _remove(path)
 
 
 @contextlib.contextmanager
@@ -177,7 +209,9 @@ def _record_start(folder: Path) -> None:
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the leaves in which two nested dictionaries differ."""
+    """Dotted names of the leaves in which two nested dictionaries, or lists of equal length, differ."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [prefix]
     names = []
@@ -189,7 +223,10 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _describe(old: dict, new: dict, names: list[str]) -> list[str]:
     def value(config: Any, name: str) -> Any:
         for key in name.split("."):
-            config = config.get(key) if isinstance(config, dict) else None
+            if isinstance(config, list):
+                config = config[int(key)]
+            else:
+                config = config.get(key) if isinstance(config, dict) else None
         return config
 
     return [f"{name}: {value(old, name)} there, {value(new, name)} now" for name in names[:3]]

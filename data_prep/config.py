@@ -11,7 +11,7 @@ from data_prep.masking import MaskingRule, Vocabulary
 from data_prep.rows import RowRule
 from data_prep.sentences import SentenceSplitter
 from data_prep.sequences import SequenceRule
-from data_prep.tokenizer import continues_word
+from data_prep.tokenizer import continues_word, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,11 +68,13 @@ class DataConfig:
         checks = {
             "sources: give at least one": bool(self.sources),
             "max_seq_length must be from 8 to 65535": 8 <= self.max_seq_length < 2**16,
-            "dupe_factor must be at least 1": self.dupe_factor >= 1,
+            "dupe_factor must be from 1 to 10000": 1 <= self.dupe_factor <= 10_000,
             "masked_lm_prob must lie between 0 and 1": all(0 < share < 1 for share in self.copy_masked_lm_prob),
             "masked_lm_prob: give one number, or one for each of the dupe_factor copies": not several
             or len(self.copy_masked_lm_prob) == self.dupe_factor,
-            "max_predictions_per_seq must be at least 1": self.max_predictions_per_seq >= 1,
+            "max_predictions_per_seq must be from 1 to below max_seq_length": 1
+            <= self.max_predictions_per_seq
+            < self.max_seq_length,
             "short_seq_prob must lie between 0 and 1": 0 <= self.short_seq_prob <= 1,
             "validation_fraction must lie between 0 and 0.5": 0 < self.validation_fraction < 0.5,
             "rows_per_shard must be at least 1": self.rows_per_shard >= 1,
@@ -131,7 +133,8 @@ def vocabulary_of(tokenizer: "PreTrainedTokenizerFast", whole_words: bool) -> Vo
     Raises:
         UserError: with ``whole_words``, a tokenizer that does not tell where words begin.
     """
-    special = np.zeros(len(tokenizer), dtype=bool)
+    special = np.ones(vocabulary_size(tokenizer), dtype=bool)  # ids that no token has are as good as special
+    special[list(tokenizer.get_vocab().values())] = False
     special[tokenizer.all_special_ids] = True
     return Vocabulary(
         cls_id=tokenizer.cls_token_id,

@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.folders import (
     atomic_path,
     claim_folder,
+    errors_of_writing,
     only_writer,
     read_json,
     require_folder,
@@ -44,7 +45,7 @@ from data_prep.shards import (
     shard_files,
     write_nvidia_shard,
 )
-from data_prep.tokenizer import load_tokenizer, save_tokenizer
+from data_prep.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,9 +73,7 @@ def convert(data_dir: Path, output_dir: Path) -> None:
     """
     manifest = read_manifest(data_dir)
     claim_folder(output_dir, Conversion(str(data_dir), manifest.sha256), may_change=("data_folder",))
-    with only_writer(output_dir):
-        for unfinished in output_dir.glob(".*.hdf5.*.tmp"):  # of a run that was killed; their trainers would take it
-            unfinished.unlink()
+    with errors_of_writing(output_dir), only_writer(output_dir):
         _write_vocabulary(load_tokenizer(str(manifest.tokenizer_folder)), output_dir / "vocab.txt")
         with tqdm(total=sum(shard.rows for shard in manifest.shards), desc="rows", disable=None) as bar:
             for split in _FILE_NAMES:
@@ -137,7 +136,7 @@ def index(folder: Path, tokenizer_name: str) -> Manifest:
             "dupe_factor": 1,
             "max_seq_length": max_seq_length,
             "max_predictions_per_seq": max_predictions_per_seq,
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "tokenizer_sha256": _keep_tokenizer(tokenizer, folder / TOKENIZER_FOLDER, max_seq_length),
             "shards": [asdict(shard) for shard in shards],
@@ -215,10 +214,11 @@ def _check_rows(rows: dict[str, np.ndarray], path: Path, tokenizer: "PreTrainedT
     lengths = np.count_nonzero(rows["input_mask"], axis=1)[:, None]
     inside = np.arange(rows["input_mask"].shape[1]) < lengths
     ids = (rows["input_ids"], rows["masked_lm_ids"])
+    size = vocabulary_size(tokenizer)
     wrong = {
         "an input_mask that is not ones, then zeros": (rows["input_mask"] != inside).any(),
-        f"token ids beyond the tokenizer's {len(tokenizer)} tokens; give the tokenizer that made the shards": any(
-            ((array < 0) | (array >= len(tokenizer))).any() for array in ids
+        f"token ids beyond the tokenizer's {size} tokens; give the tokenizer that made the shards": any(
+            ((array < 0) | (array >= size)).any() for array in ids
         ),
         f"rows that don't begin with the tokenizer's {tokenizer.cls_token}; give the tokenizer that made the shards": (
             rows["input_ids"][:, 0] != tokenizer.cls_token_id

@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import threading
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +37,7 @@ _FEWEST_HELD_OUT = 8
 _HOLD_OUT_DRAW = 41  # name of the draw, see hash_keys
 _DOCUMENTS_AT_ONCE = 1 << 20
 _CORPUS_FILE, _TOKENS_FILE, _STARTS_FILE = "corpus.json", "tokens.npy", "starts.npy"
+_CHANGED = "changed since this build began: put it back, or give another --output_dir"
 # What becomes of a document; repeated ones are trained on as often as they come.
 _TRAIN, _REPEATED, _HELD_OUT, _DUPLICATE = range(4)
 _DOCUMENT = np.dtype([("key", np.uint64, 2), ("sequences", np.int64), ("tokens", np.int64), ("fate", np.uint8)])
@@ -120,13 +123,13 @@ def _missing_units(blocks: Iterable[Block], work: Path) -> Iterator[tuple[Block,
     made = {path.name.split("-")[1]: path.name for path in work.glob("unit-*.npz")}
     for number, block in enumerate(blocks):
         name = f"unit-{number:08d}-{block.digest}.npz"
-        there = made.get(f"{number:08d}")
+        there = made.pop(f"{number:08d}", None)
         if there is None:
             yield block, work / name
         elif there != name:
-            raise UserError(
-                f"source {block.source} changed since this build began: put it back, or give another --output_dir"
-            )
+            raise UserError(f"source {block.source} {_CHANGED}")
+    if made:
+        raise UserError(f"the last source {_CHANGED}")
 
 
 def _tokenize_unit(unit: tuple[Block, Path], tokenizer: tuple[Path, str], rule: TextRule) -> None:
@@ -170,12 +173,22 @@ def _document_table(units: list[Path], path: Path) -> tuple[np.ndarray, dict[str
     counts: Counter[str] = Counter()
     with path.open("wb") as file:
         for unit in units:
-            with np.load(unit, allow_pickle=False) as arrays:
+            with _open_unit(unit) as arrays:
                 counts.update(json.loads(str(arrays["counts"])))
                 _unit_documents(arrays).tofile(file)
     if not path.stat().st_size:
         raise UserError(f"the sources hold no document (left out: {dict(counts) or 'nothing'})")
     return np.memmap(path, dtype=_DOCUMENT, mode="r+"), dict(counts)
+
+
+@contextlib.contextmanager
+def _open_unit(path: Path) -> Iterator[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except (EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        path.unlink()
+        raise UserError(f"{path} was damaged and is removed: run the same command again, which makes it anew") from None
 
 
 def _unit_documents(arrays: Any) -> np.ndarray:
@@ -203,8 +216,8 @@ def decide_fates(documents: np.ndarray, fraction: float, deduplicate: bool, seed
     candidates = sum(len(_hold_out_hashes(part, seed)) for part in _parts(documents))
     if candidates < 2:
         raise UserError(
-            f"the sources hold {kept:,} documents, {candidates} of them unlike all others: training and validation "
-            "need one each, so give at least two different documents"
+            f"the sources hold {kept:,} documents, {candidates} of them unlike all others: validation needs one and "
+            "training another, so give at least two different documents, or set deduplicate if all come twice"
         )
     number = min(max(_FEWEST_HELD_OUT, round(fraction * kept)), candidates // 2)
     smallest = np.zeros(0, dtype=np.uint64)
@@ -265,7 +278,7 @@ def _write_arrays(units: list[Path], documents: np.ndarray, facts: dict[str, Any
     validation_tokens = sum(int(part["tokens"][part["fate"] == _HELD_OUT].sum()) for part in _parts(documents))
     training_tokens = facts["num_tokens"] - validation_tokens
     training_sequences = facts["num_sequences"] - facts["num_validation_sequences"]
-    with np.load(units[0], allow_pickle=False) as first:
+    with _open_unit(units[0]) as first:
         dtype = first["tokens"].dtype
     with (
         _array_file(work / _TOKENS_FILE, facts["num_tokens"] + max_tokens, training_tokens, dtype) as token_files,
@@ -274,7 +287,7 @@ def _write_arrays(units: list[Path], documents: np.ndarray, facts: dict[str, Any
         next_start = [0, training_tokens]
         document = 0
         for unit in units:
-            with np.load(unit, allow_pickle=False) as arrays:
+            with _open_unit(unit) as arrays:
                 lengths, per_document = arrays["sequence_lengths"], arrays["sequences_per_document"]
                 fate = np.repeat(documents["fate"][document : document + len(per_document)], per_document)
                 document += len(per_document)

@@ -9,15 +9,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
 from data_prep.cleaning import clean_documents
 from data_prep.demo_corpus import demo_documents
-from data_prep.files import InputStream, describe_file, find_files, open_stream
-from data_prep.tables import dataset_rows, describe_dataset, parquet_rows
+from data_prep.files import InputStream, find_files, open_stream
+from data_prep.tables import dataset_rows, dataset_size, parquet_rows
 from data_prep.wikipedia import articles, dump_header, wikiextractor_documents
 
 Counts = Counter[str]
@@ -30,6 +30,17 @@ _ENDINGS = {
     "parquet": (".parquet",),
     "wikipedia_xml": (".xml",),
     "wikiextractor": ("",),
+}
+_TABLES = ("jsonl", "parquet", "huggingface")
+_OPTIONS = {
+    "separator": ("text",),
+    "field": _TABLES,
+    "rows_per_document": ("text", *_TABLES),
+    "config": ("huggingface",),
+    "split": ("huggingface",),
+    "revision": ("huggingface",),
+    "megabytes": ("demo",),
+    "seed": ("demo",),
 }
 _LINE_END, _BLANK_LINE = re.compile(rb"\n"), re.compile(rb"\n[ \t\r]*\n")
 _PAGE_END, _DOC_END = re.compile(rb"</page>"), re.compile(rb"</doc>")
@@ -68,6 +79,12 @@ class Source:
             raise ValueError(f"a source of kind '{self.kind}' needs a path")
         if self.rows_per_document < 1:
             raise ValueError("rows_per_document must be at least 1")
+        for option in fields(self):
+            is_set = getattr(self, option.name) != option.default
+            if is_set and self.kind not in _OPTIONS.get(option.name, self.kind):
+                raise ValueError(f"'{option.name}' is no option of a source of kind '{self.kind}'")
+        if self.kind == "text" and self.rows_per_document > 1 and self.separator != "line":
+            raise ValueError("rows_per_document of text needs separator: line")
 
     def __str__(self) -> str:
         return self.path or self.kind
@@ -85,7 +102,7 @@ class Block:
     source: Source
     records: bytes | list[str | None]
     bytes_read: int = 0
-    """How far reading it went in the source's files; 0 of a data set."""
+    """How far reading it went in the source's files; of a data set, its characters."""
     counts: dict[str, int] = field(default_factory=dict)
     """Records that were divided or left out for their size."""
 
@@ -140,21 +157,17 @@ def first_document(source: Source) -> str:
 
 
 def total_bytes(sources: list[Source]) -> int | None:
-    """What the blocks' ``bytes_read`` will add up to; None if a data set is among the sources."""
-    if any(source.kind == "huggingface" for source in sources):
-        return None
-    generated = sum(round(source.megabytes * 1e6) for source in sources if source.kind == "demo")
-    return generated + sum(file.stat().st_size for source in sources for file in source.files)
+    """What the blocks' ``bytes_read`` will add up to, roughly; None if a data set does not tell."""
+    sizes = [_source_bytes(source) for source in sources]
+    return None if None in sizes else sum(filter(None, sizes))
 
 
-def describe_sources(sources: list[Source]) -> list[dict[str, Any]]:
-    """What tells whether the sources are still what they were, without reading them: see :func:`describe_file`."""
-    described: list[dict[str, Any]] = []
-    for source in sources:
-        if source.kind == "huggingface":
-            described += describe_dataset(source.path or "", source.revision)
-        described += map(describe_file, source.files)
-    return described
+def _source_bytes(source: Source) -> int | None:
+    if source.kind == "huggingface":
+        return dataset_size(source.path or "", source.config, source.split, source.revision)
+    if source.kind == "demo":
+        return round(source.megabytes * 1e6)
+    return sum(file.stat().st_size for file in source.files)
 
 
 def _record_blocks(source: Source) -> Iterator[Block]:
@@ -275,7 +288,7 @@ def _row_runs(source: Source) -> Iterator[tuple[list[str | None], int]]:
             yield from parquet_rows(file, source.field)
     elif source.kind == "huggingface":
         rows = dataset_rows(source.path or "", source.config, source.split, source.revision, source.field)
-        yield from ((run, 0) for run in rows)
+        yield from ((run, sum(len(text or "") for text in run)) for run in rows)
     else:
         yield from (([document], len(document)) for document in demo_documents(source.seed, source.megabytes))
 
@@ -293,9 +306,9 @@ def parse_block(block: Block, min_characters: int, counts: Counts) -> Iterator[s
 def _raw_documents(block: Block, counts: Counts) -> Iterator[str]:
     source, records = block.source, block.records
     if isinstance(records, list):
-        return _joined((text or "" for text in records), source.rows_per_document)
+        return _joined(_rows_of_bearable_size(records, counts), source.rows_per_document)
     if source.kind == "wikipedia_xml":
-        return articles(records, counts)
+        return _articles(source, records, counts)
     if source.kind == "jsonl":
         return _joined(_json_texts(records, source.field, counts), source.rows_per_document)
     text = records.decode("utf-8", "replace")
@@ -304,6 +317,21 @@ def _raw_documents(block: Block, counts: Counts) -> Iterator[str]:
     if source.separator == "line":
         return _joined((line for line in text.split("\n") if line.strip()), source.rows_per_document)
     return (document for document in re.split(r"\n[ \t\r]*\n", text) if document.strip())
+
+
+def _articles(source: Source, dump: bytes, counts: Counts) -> Iterator[str]:
+    try:
+        yield from articles(dump, counts)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _rows_of_bearable_size(rows: list[str | None], counts: Counts) -> Iterator[str]:
+    for row in rows:
+        if len(row or "") <= _LARGEST_RECORD:
+            yield row or ""
+        else:
+            counts["oversized_records"] += 1
 
 
 def _joined(rows: Iterable[str], rows_per_document: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ class SentenceEncoder:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.dtype = token_type(tokenizer.get_vocab_size())
+        self.dtype = token_type(1 + max(tokenizer.get_vocab().values()))
         self._words: dict[str, bytes] = {}
         self._cached_characters = 0
         self._separator = _separator(tokenizer) if _treats_words_alone(tokenizer) else None
@@ -33,7 +33,9 @@ class SentenceEncoder:
         return np.frombuffer(b"".join(encoded), dtype=self.dtype), lengths
 
     def _encode(self, texts: list[str]) -> list[bytes]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        # With a space before, as byte-level and SentencePiece vocabularies write a word that is not a text's first.
+        spaced = [f" {text.strip()}".rstrip() for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype).tobytes() for encoding in encodings]
 
     def _by_word(self, sentences: list[str]) -> list[bytes]:
@@ -77,7 +79,8 @@ def _treats_words_alone(tokenizer: tokenizers.Tokenizer) -> bool:
 
 def _separator(tokenizer: tokenizers.Tokenizer) -> tuple[str, int] | None:
     """A special token, between spaces, and its id; None if there is none."""
+    unknown = json.loads(tokenizer.to_str())["model"]["unk_token"]  # stands in texts for what it does not know
     for number, token in tokenizer.get_added_tokens_decoder().items():
-        if token.special:
+        if token.special and token.content != unknown:
             return f" {token.content} ", number
     return None

@@ -38,7 +38,7 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[Path]:
             return [place]
         if place.is_dir():
             allowed = tuple(ending + compression for ending in endings for compression in ("", *COMPRESSIONS))
-            files = [file for file in place.rglob("*") if file.name.endswith(allowed) or endings == ("",)]
+            files = [file for file in _files_below(place) if file.name.endswith(allowed)]
         else:
             files = list(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
         files = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
@@ -49,6 +49,19 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[Path]:
         there = f"holds no {kinds} file" if place.is_dir() else "matches no file"
         raise UserError(f"source path '{path}' {there}: give a file, a folder or a glob")
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files at any depth, hidden folders left out; a folder that can't be read is an error, not an omission."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for where, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where) / name for name in names]
+    return found
 
 
 class InputStream:

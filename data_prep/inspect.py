@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError
-from common.folders import sha256_of_file
-from data_prep.shards import Manifest, Rows, SplitReader, read_manifest, shard_files
+from common.folders import is_undamaged
+from data_prep.shards import TOKENIZER_FOLDER, Manifest, Rows, SplitReader, read_manifest, shard_files
 from data_prep.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -58,21 +58,25 @@ def _show_row(rows: Rows, index: int, tokenizer: "PreTrainedTokenizerFast") -> s
 
 
 def verify(manifest: Manifest) -> None:
-    """Read every byte of every shard.
+    """Read every byte of every shard and of the tokenizer.
 
     Raises:
-        UserError: shards that are missing, differ from what was written, or don't belong here; all of them are named.
+        UserError: files that are missing, differ from what was written, or don't belong here; all of them are named.
     """
-    listed = {shard.file: shard for shard in manifest.shards}
-    wrong = [f"{name} is not of this data set, move it away" for name in shard_files(manifest.folder) - listed.keys()]
-    for name, shard in listed.items():
-        path = manifest.folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif sha256_of_file(path) != shard.sha256:
-            wrong.append(f"{name} is damaged")
-    if wrong:
-        raise UserError(f"data folder {manifest.folder}: {'; '.join(sorted(wrong))}: {manifest.remedy}")
+    digests = {shard.file: shard.sha256 for shard in manifest.shards}
+    foreign = [
+        f"{name} is not of this data set, move it away" for name in shard_files(manifest.folder) - digests.keys()
+    ]
+    for name, digest in manifest.content.get("tokenizer_files", {}).items():
+        digests[f"{TOKENIZER_FOLDER}/{name}"] = digest
+    wrong = [
+        f"{name} is {'damaged' if (manifest.folder / name).exists() else 'missing'}"
+        for name, digest in digests.items()
+        if not is_undamaged(manifest.folder / name, digest)
+    ]
+    if foreign or wrong:
+        found = "; ".join([*(f"{name} is not of this data set, move it away" for name in sorted(foreign)), *wrong])
+        raise UserError(f"data folder {manifest.folder}: {found}" + (f": {manifest.remedy}" if wrong else ""))
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
 

@@ -22,7 +22,7 @@ from data_prep.sentences import sentence_splitter
 from data_prep.sequences import TokenizedDocuments, padding_share, tokenize_documents
 from data_prep.shards import bytes_per_row, write_shard
 from data_prep.tables import count_rows
-from data_prep.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from data_prep.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,15 +47,15 @@ class Plan:
     memory_bytes: float
     """Of all processes together."""
     seconds: float
-    sampled_share: float
-    """Of the sources' bytes."""
+    sampled_bytes: float
+    """Of text, over all sources."""
 
     def describe(self, config: DataConfig, num_gpus: int, sequences_per_second: float) -> str:
         """A table for people; ``sequences_per_second`` is what one GPU trains."""
         hours = self.rows / (num_gpus * sequences_per_second) / 3600
         lines = {
-            "sample": f"{self.sampled_share:.2%} of the sources",
-            "documents": f"{self.num_documents:,.0f}",
+            "sample": f"{self.sampled_bytes / 1e6:,.1f} MB of text",
+            "documents": f"{self.num_documents:,.0f}" + (" with all duplicates" if config.deduplicate else ""),
             "sequences": f"{self.num_sequences:,.0f} of at most {config.max_seq_length} tokens",
             "tokens": f"{self.num_tokens:,.0f}",
             "padding": f"{self.padding_share:.1%}",
@@ -82,10 +82,10 @@ def make_plan(config: DataConfig, sample_megabytes: float) -> Plan:
     rows_per_second = _rows_per_second(samples[0].tokenized, rule)
     total = {
         name: sum(getattr(sample, name) / sample.share for sample in samples)
-        for name in ("num_documents", "num_sequences", "num_tokens", "seconds")
+        for name in ("num_documents", "num_sequences", "num_tokens", "seconds", "reading_seconds")
     }
     rows = total["num_sequences"] * config.dupe_factor
-    row_bytes = bytes_per_row(config.max_seq_length, config.max_predictions_per_seq, len(tokenizer))
+    row_bytes = bytes_per_row(config.max_seq_length, config.max_predictions_per_seq, vocabulary_size(tokenizer))
     return Plan(
         num_documents=total["num_documents"],
         num_sequences=total["num_sequences"],
@@ -95,8 +95,10 @@ def make_plan(config: DataConfig, sample_megabytes: float) -> Plan:
         shard_bytes=rows * row_bytes,
         work_bytes=2 * itemsize * total["num_tokens"] + 2 * 8 * total["num_sequences"],  # units, then the joined files
         memory_bytes=(config.num_workers + 1) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        seconds=(total["seconds"] + rows / rows_per_second) / config.num_workers,
-        sampled_share=sum(sample.share for sample in samples) / len(samples),
+        # One process reads, while the workers do the rest.
+        seconds=max(total["reading_seconds"], total["seconds"] / config.num_workers)
+        + rows / rows_per_second / config.num_workers,
+        sampled_bytes=sum(sample.size for sample in samples),
     )
 
 
@@ -107,7 +109,11 @@ class _Sample:
     tokenized: TokenizedDocuments
     share: float
     """Of the source."""
+    size: int
+    """Bytes of text."""
+    reading_seconds: float
     seconds: float
+    """Of everything else."""
 
     @property
     def num_documents(self) -> int:
@@ -126,13 +132,20 @@ def _sample(source: Source, config: DataConfig, megabytes: float, tokenizer: "Pr
     rule = text_rule(config)
     encoder = SentenceEncoder(tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     split = sentence_splitter(rule.sentence_splitter, rule.language)
+    began = time.perf_counter()
     blocks = list(_blocks(source, megabytes))
     start = time.perf_counter()
     documents = [text for block in blocks for text in parse_block(block, rule.min_document_characters, Counter())]
-    if not documents:
-        raise UserError(f"the sample of source {source} holds no text: give a larger --sample_megabytes")
     tokenized = tokenize_documents(documents, document_keys(documents)[:, 0], split, encoder, rule.sequences)
-    return _Sample(tokenized, _share(source, blocks), time.perf_counter() - start)
+    if not len(tokenized.tokens):
+        raise UserError(f"the sample of source {source} holds no text: give a larger --sample_megabytes")
+    return _Sample(
+        tokenized,
+        share=_share(source, blocks),
+        size=sum(map(_size, blocks)),
+        reading_seconds=start - began,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _blocks(source: Source, megabytes: float) -> Iterator[Block]:

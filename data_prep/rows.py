@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.folders import sha256_of_file, write_text
+from common.folders import is_undamaged, write_text
 from data_prep.corpus import Corpus, forget_pages, load_corpus
 from data_prep.masking import MaskingRule, Vocabulary, mask_rows
 from data_prep.sequences import SPECIAL_TOKENS_PER_SEQUENCE
@@ -29,6 +29,8 @@ class ShardTask:
     split: Split
     start: int
     stop: int
+    sha256: str | None = None
+    """What has to come out, if it was made before."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ def plan_shards(corpus: Corpus, dupe_factor: int, rows_per_shard: int) -> list[S
 def make_shard(task: ShardTask, output_dir: Path, work: Path, rule: RowRule) -> Shard:
     """Make one shard, unless an earlier run did."""
     path, note = output_dir / task.file, _note(work, task.file)
-    digest = note.read_text(encoding="utf-8") if note.exists() else None
-    if digest is None or not path.exists() or sha256_of_file(path) != digest:
-        digest = write_shard(path, _shard_rows(task, work, rule), task.stop - task.start)
+    digest = note.read_text(encoding="utf-8") if note.exists() else ""
+    if not is_undamaged(path, digest):
+        digest = write_shard(path, _shard_rows(task, work, rule), task.stop - task.start, task.sha256)
         note_shard(work, task.file, digest)
     return Shard(task.file, task.split, task.stop - task.start, digest)
 

@@ -20,6 +20,7 @@ datasets are compressed with gzip:
 """
 
 import contextlib
+import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,7 @@ TOKENIZER_FOLDER = "tokenizer"
 SHARD_SUFFIXES = (".h5", ".hdf5")
 Split = Literal["train", "validation"]
 
+_OPEN_FILES = 16  # at once, of what may be thousands of shards
 _NVIDIA_FIELDS = ("input_ids", "input_mask", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 _NVIDIA_BLOCK_ROWS = 16384  # several times the rows that a chunk of such a file spans, so that few are unpacked twice
 _GZIP_CHUNK_ROWS = 512
@@ -123,6 +125,11 @@ def shard_files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix in SHARD_SUFFIXES and not path.name.startswith(".")}
 
 
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a tokenizer."""
+    return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest and check that the tokenizer beside it is the one that made the shards.
 
@@ -172,11 +179,12 @@ def bytes_per_row(max_seq_length: int, max_predictions_per_seq: int, vocab_size:
     return max_seq_length * token + length + max_predictions_per_seq * (position + token)
 
 
-def write_shard(path: Path, rows: Iterable[Rows], num_rows: int) -> str:
+def write_shard(path: Path, rows: Iterable[Rows], num_rows: int, sha256: str | None = None) -> str:
     """Write ``num_rows`` rows, which arrive in chunks, to one shard, whole or not at all; returns its SHA-256.
 
     Raises:
         OSError: the disk is full.
+        UserError: it does not come out with the ``sha256`` that is expected.
     """
     with atomic_path(path) as temporary:
         chunks = iter(rows)
@@ -191,7 +199,12 @@ def write_shard(path: Path, rows: Iterable[Rows], num_rows: int) -> str:
                     file.seek(places[name] + start * array[0].nbytes)
                     file.write(np.ascontiguousarray(array).data)
                 start += len(chunk)
-        return sha256_of_file(temporary)
+        digest = sha256_of_file(temporary)
+        if sha256 not in (None, digest):
+            raise UserError(
+                f"shard {path} can't be made again as it was: the sources or libraries changed, so build anew elsewhere"
+            )
+        return digest
 
 
 def _lay_out(path: Path, example: Rows, num_rows: int) -> dict[str, int]:
@@ -272,10 +285,13 @@ class SplitReader:
     """
 
     def __init__(self, manifest: Manifest, split: Split) -> None:
-        self._files = [_open(manifest, shard) for shard in manifest.of_split(split)]
         self._manifest = manifest
+        self._shards = manifest.of_split(split)
+        for shard in self._shards:
+            _open(manifest, shard).close()
+        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda shard: _open(manifest, self._shards[shard]))
         self._read_nvidia_block = lru_cache(maxsize=2)(self._unpack_nvidia_block)
-        self._starts = np.cumsum([0] + [shard.rows for shard in manifest.of_split(split)])
+        self._starts = np.cumsum([0] + [shard.rows for shard in self._shards])
         self.num_rows = int(self._starts[-1])
         if not self.num_rows:
             raise UserError(f"data folder {manifest.folder} has no {split} rows")
@@ -287,7 +303,7 @@ class SplitReader:
 
     def read(self, shard: int, start: int, stop: int) -> Rows:
         """Rows [start, stop) of one shard."""
-        file = self._files[shard]
+        file = self._file(shard)
         if not _is_nvidia(file):
             return Rows(*(file[name][start:stop] for name in FIELDS))
         size = _NVIDIA_BLOCK_ROWS
@@ -300,7 +316,7 @@ class SplitReader:
 
     def _unpack_nvidia_block(self, shard: int, first: int) -> Rows:
         """Rows from ``first`` on as ours: unpacked by the block, as a chunk of the file spans thousands of rows."""
-        file, block = self._files[shard], slice(first, first + _NVIDIA_BLOCK_ROWS)
+        file, block = self._file(shard), slice(first, first + _NVIDIA_BLOCK_ROWS)
         token, position = token_type(self._manifest.vocab_size), position_type(self._manifest.max_seq_length)
         return Rows(
             input_ids=file["input_ids"][block].astype(token),
@@ -311,7 +327,7 @@ class SplitReader:
 
     def count_predictions(self, shard: int, start: int, stop: int) -> int:
         """Predictions in rows [start, stop) of one shard."""
-        file = self._files[shard]
+        file = self._file(shard)
         if _is_nvidia(file):
             return int(np.count_nonzero(self.read(shard, start, stop).masked_lm_positions))
         return int(np.count_nonzero(file["masked_lm_positions"][start:stop]))
@@ -328,8 +344,7 @@ class SplitReader:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
-            file.close()
+        self._file.cache_clear()  # h5py closes a file that nothing refers to
 
 
 def _open(manifest: Manifest, shard: Shard) -> h5py.File:
@@ -340,6 +355,8 @@ def _open(manifest: Manifest, shard: Shard) -> h5py.File:
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing: {manifest.remedy}") from None
     except (OSError, KeyError) as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EACCES):
+            raise UserError(f"can't open shard {path}: {os.strerror(error.errno)}") from None
         raise UserError(f"shard {path} is damaged ({error}): {manifest.remedy}") from None
     if rows != {shard.rows}:
         raise UserError(f"shard {path} has {sorted(rows)} rows, the manifest says {shard.rows}: {manifest.remedy}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data_prep.files import COMPRESSIONS, describe_file, open_stream
+from data_prep.files import COMPRESSIONS, open_stream
 
 _ROWS_AT_ONCE = 1000
 
@@ -62,9 +62,11 @@ def dataset_rows(
             raise UserError(f"{name} has no column '{field}', it has {', '.join(rows.column_names)}: set 'field'")
         for table in rows.select_columns([field]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
             yield _texts(table.column(field), field, name)
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{name} has no split or column {error}: set the source's split or field") from None
-    except (OSError, ValueError, RuntimeError) as error:  # everything that `datasets` and the hub's client raise
+    except Exception as error:  # whatever `datasets`, the hub's client and its transport raise
         raise UserError(f"can't read {name}: {_first_line(error)}") from None
 
 
@@ -74,21 +76,33 @@ def _open_dataset(path: str, config: str | None, split: str, revision: str | Non
     if is_saved_dataset(Path(path)):
         saved = datasets.load_from_disk(path)
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    return datasets.load_dataset(path, config, split=split, revision=resolved_revision(path, revision), streaming=True)
+    return datasets.load_dataset(path, config, split=split, revision=revision, streaming=True)
 
 
 def count_rows(path: str, config: str | None, split: str, revision: str | None) -> int | None:
     """Rows of a data set's split, where it tells them without being read."""
-    import datasets
-
     if is_saved_dataset(Path(path)):
         return len(_open_dataset(path, config, split, revision))
+    info = _split_info(path, config, split, revision)
+    return info and info.num_examples
+
+
+def dataset_size(path: str, config: str | None, split: str, revision: str | None) -> int | None:
+    """Bytes of a data set's split, other columns included, where it tells them without being read."""
+    if is_saved_dataset(Path(path)):
+        return _open_dataset(path, config, split, revision).data.nbytes
+    info = _split_info(path, config, split, revision)
+    return info and info.num_bytes
+
+
+def _split_info(path: str, config: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
     try:
-        builder = datasets.load_dataset_builder(path, config, revision=resolved_revision(path, revision))
-    except (OSError, ValueError, RuntimeError) as error:
+        builder = datasets.load_dataset_builder(path, config, revision=revision)
+    except Exception as error:  # whatever `datasets`, the hub's client and its transport raise
         raise UserError(f"can't read data set {path}: {_first_line(error)}") from None
-    splits = builder.info.splits or {}
-    return splits[split].num_examples if split in splits else None
+    return (builder.info.splits or {}).get(split)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -96,32 +110,27 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def describe_dataset(path: str, revision: str | None) -> list[dict[str, Any]]:
-    """What tells whether a data set is still the one it was: its files, or on the hub its commit."""
-    folder = Path(path)
-    if folder.is_dir():
-        return [describe_file(file) for file in sorted(folder.rglob("*")) if file.is_file()]
-    return [{"dataset": path, "revision": resolved_revision(path, revision)}]
-
-
 def resolved_revision(path: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a data set stands for now; ``revision`` itself where the hub can't tell."""
-    if Path(path).exists():
-        return revision
     import huggingface_hub
 
     try:
         return huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10).sha
-    except (OSError, ValueError, RuntimeError):  # offline: what is in the cache will do, or loading tells what is wrong
+    except Exception:  # offline: what is in the cache will do, or loading it tells what is wrong
         return revision
 
 
 def _texts(column: Any, field: str, where: str) -> list[str | None]:
-    import pyarrow.types
+    import pyarrow as pa
 
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(check(column.type) for check in is_text):
         raise UserError(f"column '{field}' of {where} holds {column.type}, not text: set the source's field")
-    return column.to_pylist()
+    # As bytes, because nothing keeps a writer from storing what is not UTF-8.
+    texts = column.cast(pa.large_binary()).to_pylist()
+    return [None if text is None else text.decode("utf-8", "replace") for text in texts]
 
 
 def _first_line(error: Exception) -> str:

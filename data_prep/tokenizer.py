@@ -175,13 +175,18 @@ def _alphabet(texts: Iterable[str]) -> list[str]:
     return sorted(characters, key=lambda character: (-counts[character], character))
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Ids from 0 to the largest one that the tokenizer gives, those included that no token has."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Which tokens go on with the word of the token before; bool, shape [vocab_size].
 
     Raises:
         UserError: the tokenizer marks neither the beginning nor the continuation of words.
     """
-    tokens = np.array(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), dtype=str)
+    tokens = np.array(tokenizer.convert_ids_to_tokens(list(range(vocabulary_size(tokenizer)))), dtype=str)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] == "WordPiece":
         return np.char.startswith(tokens, model["continuing_subword_prefix"])

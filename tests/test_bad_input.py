@@ -57,7 +57,7 @@ def test_text_that_is_not_there(content, words, tmp_path, capsys, monkeypatch) -
     [
         (["--dupe_facto", "3"], "dupe_facto"),
         (["--dupe_factor", "three"], "dupe_factor"),
-        (["--dupe_factor", "0"], "dupe_factor must be at least 1"),
+        (["--dupe_factor", "0"], "dupe_factor must be from 1"),
         (["--sources", '[{"kind": "txet"}]'], "kind"),
         (["--sources", '[{"kind": "text", "path": null}]'], "needs a path"),
         (["--sources", '[{"kind": "text", "path": "a", "rows_per_document": 0}]'], "rows_per_document"),

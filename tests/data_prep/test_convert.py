@@ -177,7 +177,7 @@ def test_a_second_run_of_convert_makes_only_what_is_missing(data_dir, tmp_path) 
     convert(data_dir, folder)
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.hdf5")}
     (folder / "training_shard_00001.hdf5").unlink()
-    killed = folder / ".training_shard_00001.hdf5.123.tmp"
+    killed = folder / f".training_shard_00001.hdf5.{'0' * 32}.tmp"
     killed.write_bytes(b"half a shard")
     convert(data_dir, folder)
     after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.hdf5")}
