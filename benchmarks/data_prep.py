@@ -190,7 +190,10 @@ CHILDREN: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
 
 
 def memory(config: DataConfig, folder: Path) -> dict[str, float]:
-    """Peak resident memory of the parent and of the largest worker, for the text once and eight times."""
+    """Peak memory of the parent and of the largest worker, for the text once and eight times.
+
+    Their own memory, and apart from it the pages of files that they have mapped, which the system may take back.
+    """
     documents = list(read_documents(config.sources))
     figures: dict[str, float] = {}
     for times in (1, 8):
@@ -201,23 +204,25 @@ def memory(config: DataConfig, folder: Path) -> dict[str, float]:
         tokenizer = str(folder / "1-0" / "tokenizer")
         task = replace(config, sources=[Source("text", str(text))], tokenizer=tokenizer)
         peaks = peak_memory({"config": asdict(task), "out": str(folder / f"memory-{times}")})
-        figures |= {f"{who}_megabytes_{times}x": round(peak / 1e6) for who, peak in peaks.items()}
+        figures |= {f"{name}_megabytes_{times}x": round(peak / 1e6) for name, peak in peaks.items()}
     for who in ("parent", "worker"):
         figures[f"{who}_memory_8x_vs_1x"] = round(figures[f"{who}_megabytes_8x"] / figures[f"{who}_megabytes_1x"], 2)
     return figures
 
 
 def peak_memory(task: dict[str, Any]) -> dict[str, int]:
-    """Highest VmHWM of a build's parent and of its workers, in bytes."""
-    peaks = {"parent": 0, "worker": 0}
+    """The highest figures of a build's parent and of any of its workers, in bytes."""
+    peaks = {"parent": 0, "worker": 0, "worker_mapped": 0}
     command = [sys.executable, __file__, "--child", "build"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     feeder = threading.Thread(target=lambda: process.communicate(json.dumps(task)))
     feeder.start()
     while feeder.is_alive():
-        peaks["parent"] = max(peaks["parent"], high_water_mark(process.pid))
-        peaks["worker"] = max([peaks["worker"], *map(high_water_mark, children_of(process.pid))])
-        time.sleep(0.05)
+        peaks["parent"] = max(peaks["parent"], resident(process.pid, "RssAnon"))
+        for worker in children_of(process.pid):
+            peaks["worker"] = max(peaks["worker"], resident(worker, "RssAnon"))
+            peaks["worker_mapped"] = max(peaks["worker_mapped"], resident(worker, "RssFile"))
+        time.sleep(0.02)
     if process.returncode:
         sys.exit(f"the build ended with exit code {process.returncode}")
     return peaks
@@ -231,13 +236,13 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
-def high_water_mark(pid: int) -> int:
-    """A process's peak resident memory in bytes; 0 once it is gone."""
+def resident(pid: int, kind: str) -> int:
+    """A process's resident memory of a kind in bytes; 0 once it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ class DataConfig:
     validation_fraction: float = 0.005
     """share of the documents that is held out"""
     rows_per_shard: int = 500_000
-    """rows of a shard file"""
+    """rows of a shard file, at most: all are equally large"""
     num_workers: int = 2
     """worker processes; the result does not depend on it"""
     executor: Literal["processes", "dask"] = "processes"

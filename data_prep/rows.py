@@ -46,13 +46,14 @@ class RowRule:
 
 
 def plan_shards(corpus: Corpus, dupe_factor: int, rows_per_shard: int) -> list[ShardTask]:
-    """All shards of both splits."""
+    """All shards of both splits, those of a split as large as each other and none above ``rows_per_shard``."""
     training = (corpus.num_sequences - corpus.num_validation_sequences) * dupe_factor
     tasks: list[ShardTask] = []
     splits: tuple[tuple[Split, int], ...] = (("train", training), ("validation", corpus.num_validation_sequences))
     for split, num_rows in splits:
-        for number, start in enumerate(range(0, num_rows, rows_per_shard)):
-            stop = min(start + rows_per_shard, num_rows)
+        shards = -(-num_rows // rows_per_shard)
+        for number in range(shards):
+            start, stop = num_rows * number // shards, num_rows * (number + 1) // shards
             tasks.append(ShardTask(f"{split}-{number:05d}.h5", split, start, stop))
     return tasks
 

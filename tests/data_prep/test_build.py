@@ -98,14 +98,22 @@ def test_held_out_documents_are_not_trained_on(folder) -> None:
 
 def test_shards_have_the_documented_format(folder) -> None:
     manifest = read_manifest(folder)
+    rows = manifest.of_split("train")[0].rows
     with h5py.File(folder / manifest.of_split("train")[0].file) as file:
         described = {name: (str(data.dtype), data.shape, data.chunks) for name, data in file.items()}
     assert described == {
-        "input_ids": ("uint16", (1500, 64), None),
-        "sequence_length": ("uint16", (1500,), None),
-        "masked_lm_positions": ("uint8", (1500, 10), None),
-        "masked_lm_ids": ("uint16", (1500, 10), None),
+        "input_ids": ("uint16", (rows, 64), None),
+        "sequence_length": ("uint16", (rows,), None),
+        "masked_lm_positions": ("uint8", (rows, 10), None),
+        "masked_lm_ids": ("uint16", (rows, 10), None),
     }
+
+
+def test_shards_of_a_split_are_as_large_as_each_other(folder) -> None:
+    rows = [shard.rows for shard in read_manifest(folder).of_split("train")]
+    assert len(rows) > 2
+    assert max(rows) <= 1500
+    assert max(rows) - min(rows) <= 1
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
