@@ -37,7 +37,7 @@ from data_prep.shards import (
     read_manifest,
     tokenizer_digests,
 )
-from data_prep.sources import Record, check_unchanged, describe, pin_sources, require_text
+from data_prep.sources import Record, check_same_sources, check_same_versions, describe, pin_sources, require_text
 from data_prep.tokenizer import load_tokenizer, save_tokenizer, train_on_sources, vocabulary_size
 
 if TYPE_CHECKING:
@@ -87,20 +87,22 @@ def _recorded_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_input(config: DataConfig, folder: Path, recorded: Record | None) -> Record:
     """What is not there, or no longer what it was, is told before anything is written; returns what is there."""
-    if (folder / MANIFEST_FILE).exists():
+    if recorded and (folder / MANIFEST_FILE).exists():
         try:
             sources = describe(config.sources)
         except UserError:  # a folder that is whole no longer needs them
             return recorded
-    else:
-        require_text(config.sources, folder)
-        if config.tokenizer != TRAIN_A_TOKENIZER:
-            tokenizer = load_tokenizer(config.tokenizer)
-            vocabulary_of(tokenizer, config.whole_word_masking)
-            _check_same_tokenizer(tokenizer, config.tokenizer, folder / TOKENIZER_FOLDER)
-        sources = describe(config.sources)
-    if recorded is not None:
-        check_unchanged(recorded, sources, folder)
+        check_same_sources(recorded, sources, folder)
+        return sources
+    require_text(config.sources, folder)
+    if config.tokenizer != TRAIN_A_TOKENIZER:
+        tokenizer = load_tokenizer(config.tokenizer)
+        vocabulary_of(tokenizer, config.whole_word_masking)
+        _check_same_tokenizer(tokenizer, config.tokenizer, folder / TOKENIZER_FOLDER)
+    sources = describe(config.sources)
+    if recorded:
+        check_same_sources(recorded, sources, folder)
+        check_same_versions(recorded, sources, folder)
     return sources
 
 

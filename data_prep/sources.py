@@ -59,8 +59,21 @@ def describe(sources: Sequence[Source]) -> Record:
     return {"sources": described, "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}}
 
 
-def check_unchanged(recorded: Record, now: Record, folder: Path) -> None:
-    """Refuse to go on in ``folder`` with other sources, or with libraries that might make other tokens.
+def check_same_sources(recorded: Record, now: Record, folder: Path) -> None:
+    """Refuse to go on in ``folder`` with other sources.
+
+    Raises:
+        UserError: with the first difference named.
+    """
+    if now["sources"] != recorded["sources"]:
+        raise UserError(
+            f"{folder} was made of other sources ({_difference(recorded['sources'], now['sources'])}): "
+            "put them back to continue, or give another --output_dir"
+        )
+
+
+def check_same_versions(recorded: Record, now: Record, folder: Path) -> None:
+    """Refuse to go on in ``folder`` with libraries that might make other tokens than it has already.
 
     Raises:
         UserError: with the first difference named.
@@ -71,11 +84,6 @@ def check_unchanged(recorded: Record, now: Record, folder: Path) -> None:
                 f"{folder} was begun with {name} {recorded['versions'].get(name)}, this is {version}: "
                 "install that version to continue, or give another --output_dir"
             )
-    if now["sources"] != recorded["sources"]:
-        raise UserError(
-            f"{folder} was made of other sources ({_difference(recorded['sources'], now['sources'])}): "
-            "put them back to continue, or give another --output_dir"
-        )
 
 
 def _difference(recorded: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
