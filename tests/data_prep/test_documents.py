@@ -71,6 +71,22 @@ def test_a_damaged_file_is_named_in_one_line(name, damage, tmp_path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_sources_of_all_kinds_mix_in_the_order_given(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"body": "three"}'))
+    (tmp_path / "wiki_00").write_text('<doc id="1" url="u" title="Four">\nFour\n\nfive\n</doc>')
+    datasets.Dataset.from_dict({"text": ["six"]}).to_parquet(tmp_path / "c.parquet")
+    datasets.Dataset.from_dict({"text": ["seven"]}).save_to_disk(tmp_path / "d")
+    sources = [
+        Source("parquet", str(tmp_path / "c.parquet")),
+        Source("text", str(tmp_path / "a.txt")),
+        Source("wikiextractor", str(tmp_path / "wiki_00")),
+        Source("huggingface", str(tmp_path / "d")),
+        Source("jsonl", str(tmp_path / "b.jsonl.gz"), field="body"),
+    ]
+    assert documents(*sources) == ["six", "one", "two", "Four\nfive", "seven", "three"]
+
+
 def test_one_document_a_line(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n  \nthree", encoding="utf-8")
     assert documents(Source("text", str(tmp_path), separator="line")) == ["one", "two", "three"]
@@ -242,6 +258,20 @@ def test_the_wikipedia_preset_reads_the_columns_that_the_data_set_has(tmp_path) 
     rows = {"id": ["1"], "url": ["https://a"], "title": ["A"], "text": ["A\n\nFirst paragraph.\n\nSecond one."]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train-00000-of-00041.parquet")
     assert documents(Source("huggingface", str(tmp_path))) == ["A\nFirst paragraph.\nSecond one."]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("text", {"field": "body"}),
+        ("jsonl", {"separator": "line"}),
+        ("parquet", {"split": "test"}),
+        ("demo", {"config": "en"}),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(kind, option) -> None:
+    with pytest.raises(ValueError, match=f"'{next(iter(option))}' is no option of a source of kind '{kind}'"):
+        Source(kind, "somewhere", **option)
 
 
 def test_a_source_that_is_not_there(tmp_path) -> None:
