@@ -12,7 +12,7 @@ import tokenizers
 
 from data_prep.shards import token_type
 
-_CACHE_CHARACTERS = 4_000_000  # of distinct words; about 100 MB of memory
+_CACHE_CHARACTERS = 3_000_000  # of distinct words; about 60 MB of memory
 _WORDS_AT_ONCE = 500
 
 
