@@ -67,6 +67,7 @@ def main() -> None:
     if arguments.record:
         start = provenance()
         name = f"{start['started'][:10]}-data_prep-{(start['commit'] or 'unknown')[:10]}.json"
+        del start["command"]  # it names folders of this machine
         write_json(RESULTS / "cpu" / name, {**figures, "provenance": start})
     print(json.dumps(figures))
 
