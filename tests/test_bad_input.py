@@ -246,7 +246,7 @@ def copied_data(data_dir, tmp_path) -> Path:
         (lambda data: (data / "train-00001.h5").write_bytes(b"not HDF5"), ["train-00001.h5", "damaged"]),
         (
             lambda data: shutil.copy(data / "validation-00000.h5", data / "train-00001.h5"),
-            ["train-00001.h5", "the manifest says 700"],
+            ["train-00001.h5", "rows, the manifest says"],
         ),
         (
             lambda data: (data / "tokenizer" / "tokenizer.json").write_text("{}"),

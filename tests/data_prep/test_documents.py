@@ -1,6 +1,7 @@
 """Every kind of source gives the documents that are in it, whatever it is wrapped in, and nothing breaks the reader."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -213,13 +214,30 @@ def test_loops_of_links_end(tmp_path) -> None:
         documents(Source("text", str(tmp_path / "self.txt")))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_named(tmp_path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("secret")
-    path.chmod(0)
-    with pytest.raises(UserError, match=r"can't read .*a\.txt"):
-        documents(Source("text", str(tmp_path)))
+def test_an_unreadable_file_or_folder_is_named_and_not_passed_over(tmp_path, monkeypatch) -> None:
+    for name in ("a.txt", "locked/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    open_file, list_folder = Path.open, os.scandir
+
+    def refuse_file(path, *options, **more):  # permissions don't keep the superuser out, as whom tests may run
+        if path.name == "a.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, *options, **more)
+
+    def refuse_folder(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_folder(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse_file)
+        with pytest.raises(UserError, match=r"can't read .*a\.txt: Permission denied"):
+            documents(Source("text", str(tmp_path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse_folder)
+        with pytest.raises(UserError, match=r"can't look for files .*locked"):
+            documents(Source("text", str(tmp_path)))
 
 
 def test_a_source_that_vanishes_half_way_is_named(tmp_path) -> None:
