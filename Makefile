@@ -50,6 +50,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# What is too long for every run.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
