@@ -18,7 +18,7 @@ from data_prep.shards import Rows, Shard, Split, position_type, write_shard
 from data_prep.shuffle import Permutation
 
 _ROWS_AT_ONCE = 2048  # about what a processor's cache holds
-_READS_AT_ONCE = 256  # each brings up to 64 kB of the token file into the process's memory
+_READS_AT_ONCE = 256  # each maps 64 kB or more of the token file into the process's memory
 
 
 @dataclass(frozen=True)
