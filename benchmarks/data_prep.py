@@ -9,7 +9,6 @@ bert-base-uncased/vocab.txt; without them the demo's generated text stands in, a
 """
 
 import argparse
-import gzip
 import json
 import os
 import statistics
@@ -23,16 +22,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, whose data_prep.py is not the package
 
-from common.folders import provenance, write_json
+from benchmarks.shared import record, table, text_to_build
 from data_prep.build import build
 from data_prep.config import TRAIN_A_TOKENIZER, DataConfig
 from data_prep.documents import Source, read_documents
 from data_prep.shards import SplitReader, read_manifest
 from data_prep.tokenizer import load_tokenizer, train_wordpiece
 
-RESULTS = Path(__file__).parent / "results"
 # MB/s on one core, all ten copies, measured once on English Wikipedia text on another machine: with the tokenizer that
 # the scripts were written for, and with a present-day one. They tokenise again for every copy. On that machine
 # `tokenizers` alone made 1.76 MB/s, so they are compared by what share of that they reach.
@@ -63,12 +61,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments.data, arguments.rounds, Path(folder))
-    print(table(figures))
+    print(table(figures, TARGETS))
     if arguments.record:
-        start = provenance()
-        name = f"{start['started'][:10]}-data_prep-{(start['commit'] or 'unknown')[:10]}.json"
-        del start["command"]  # it names folders of this machine
-        write_json(RESULTS / "cpu" / name, {**figures, "provenance": start})
+        record(figures, "cpu", "data_prep")
     print(json.dumps(figures))
 
 
@@ -105,19 +100,6 @@ def measure(data: Path, rounds: int, folder: Path) -> dict[str, Any]:
         **run_child("read", {"folder": str(folder / "1-0")}, cores=1),
         **memory(config, folder),
     }
-
-
-def text_to_build(data: Path, folder: Path) -> tuple[DataConfig, int, str]:
-    """The configuration, the text's size in bytes, and what it is."""
-    text, vocabulary = data / "wikitext" / "enwiki-2014-train.txt.gz", data / "bert-base-uncased" / "vocab.txt"
-    if text.exists() and vocabulary.exists():
-        size = len(gzip.decompress(text.read_bytes()))
-        return DataConfig([Source("text", str(text))], str(vocabulary)), size, "English Wikipedia"
-    print(f"{text} or {vocabulary} is not there: the demo's generated text stands in", file=sys.stderr)
-    documents = "\n\n".join(read_documents([Source("demo", megabytes=8)]))
-    (folder / "demo.txt").write_text(documents, encoding="utf-8")
-    config = DataConfig([Source("text", str(folder / "demo.txt"))], "train", vocab_size=2000)
-    return config, len(documents.encode()), "generated (not comparable)"
 
 
 def run_child(name: str, task: dict[str, Any], cores: int) -> dict[str, Any]:
@@ -247,21 +229,6 @@ def resident(pid: int, kind: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
-
-
-def table(figures: dict[str, Any]) -> str:
-    """For people: every figure, and beside it what it should be."""
-    lines = []
-    for name, value in figures.items():
-        relation, target = TARGETS.get(name, ("", None))
-        met = "" if target is None else f"  {relation} {target:,}: {'yes' if meets(value, relation, target) else 'NO'}"
-        lines.append(f"{name:<28}{value if isinstance(value, str) else f'{value:,}':>20}{met}")
-    return "\n".join(lines)
-
-
-def meets(value: float, relation: str, target: float) -> bool:
-    """Whether a figure is where it should be."""
-    return value >= target if relation == "at least" else value <= target
 
 
 if __name__ == "__main__":

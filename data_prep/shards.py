@@ -50,6 +50,15 @@ _GZIP = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
 @dataclass(frozen=True)
+class RowSizes:
+    """What rows hold, int64 [N] each."""
+
+    tokens: np.ndarray
+    """[CLS] and [SEP] counted."""
+    predictions: np.ndarray
+
+
+@dataclass(frozen=True)
 class Rows:
     """Consecutive rows of a split; shapes as in the module's docstring."""
 
@@ -61,11 +70,21 @@ class Rows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def __getitem__(self, index: slice) -> "Rows":
+    def __getitem__(self, index: slice | np.ndarray) -> "Rows":
         return Rows(*(getattr(self, name)[index] for name in FIELDS))
+
+    @property
+    def sizes(self) -> RowSizes:
+        """What each row holds."""
+        return row_sizes(self.sequence_length, self.masked_lm_positions)
 
 
 FIELDS = tuple(Rows.__dataclass_fields__)
+
+
+def row_sizes(sequence_length: np.ndarray, masked_lm_positions: np.ndarray) -> RowSizes:
+    """Sizes of rows, from their columns."""
+    return RowSizes(sequence_length.astype(np.int64), np.count_nonzero(masked_lm_positions, axis=1))
 
 
 def concatenate(parts: list[Rows]) -> Rows:
@@ -325,12 +344,12 @@ class SplitReader:
             masked_lm_ids=file["masked_lm_ids"][block].astype(token),
         )
 
-    def count_predictions(self, shard: int, start: int, stop: int) -> int:
-        """Predictions in rows [start, stop) of one shard."""
+    def read_sizes(self, shard: int, start: int, stop: int) -> RowSizes:
+        """What rows [start, stop) of one shard hold, without reading their tokens."""
         file = self._file(shard)
         if _is_nvidia(file):
-            return int(np.count_nonzero(self.read(shard, start, stop).masked_lm_positions))
-        return int(np.count_nonzero(file["masked_lm_positions"][start:stop]))
+            return self.read(shard, start, stop).sizes
+        return row_sizes(file["sequence_length"][start:stop], file["masked_lm_positions"][start:stop])
 
     def read_range(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) of the split, across shards."""

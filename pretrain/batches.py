@@ -1,80 +1,100 @@
 """Rows to batches: every step's rows are a pure function of how many sequences were seen before.
 
 The training rows, epoch after epoch, form one endless stream (the data is shuffled already; later epochs visit the
-shards in a seeded order). A step takes the next ``train_batch_size`` rows, rank r of W the r-th contiguous block of
-them. So all ranks make the same number of steps, a resume jumps to its row, and no row is skipped or seen twice.
+shards in a seeded order). A step takes the next ``train_batch_size`` rows. Every rank reads them all, which costs less
+than a step's thousandth part, deals them out to micro-batches as every other does, and keeps its share of these. So all
+ranks make the same number of steps, have about as much to do, and the micro-batches are the same on any number of them;
+a resume jumps to its row, and no row is skipped or seen twice.
 """
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 
-from common.errors import UserError
-from data_prep.shards import Manifest, Rows, SplitReader, concatenate
-from pretrain.model import NO_LABEL
+from data_prep.shards import Manifest, RowSizes, SplitReader, concatenate
+from pretrain.batch_plan import BatchPlan, MicroBatchShape, plan_shape, sample_size
+from pretrain.packing import MicroBatch, pack
+
+_VALIDATION_MICRO_BATCHES = 64  # read and packed at a time
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """The batch arithmetic, derived once."""
+class Workload:
+    """What a step computes over all ranks, counted in what the text has of it: padding is no work."""
 
-    train_batch_size: int
-    """Sequences a step over all ranks."""
-    micro_batch_size: int
-    """Sequences a forward and backward pass on one rank."""
-    world_size: int
+    sequences: int
+    tokens: int
+    token_pairs: int
+    """That attention relates: the sum of squared lengths."""
+    predictions: int
 
-    def __post_init__(self) -> None:
-        if self.train_batch_size % (self.micro_batch_size * self.world_size):
-            raise UserError(
-                f"train_batch_size {self.train_batch_size} is not divisible by micro_batch_size "
-                f"{self.micro_batch_size} x {self.world_size} processes: change one of them"
-            )
+    @staticmethod
+    def of(sizes: RowSizes) -> "Workload":
+        """The work of rows of these sizes."""
+        tokens, predictions = sizes.tokens, sizes.predictions
+        return Workload(len(tokens), int(tokens.sum()), int((tokens**2).sum()), int(predictions.sum()))
 
-    @property
-    def rank_batch_size(self) -> int:
-        """Sequences a step on one rank."""
-        return self.train_batch_size // self.world_size
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches a step on one rank."""
-        return self.rank_batch_size // self.micro_batch_size
-
-    def __str__(self) -> str:
-        return (
-            f"{self.train_batch_size} sequences a step = {self.world_size} processes x "
-            f"{self.gradient_accumulation_steps} micro-batches x {self.micro_batch_size} sequences"
-        )
+    @staticmethod
+    def sum(parts: "list[Workload]") -> "Workload":
+        """All of them together."""
+        return Workload(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a step."""
 
-    rows: Rows
-    num_predictions: int
-    """Predictions of the whole step, over all ranks."""
+    micro_batches: list[MicroBatch]
+    workload: Workload
+    """Of the whole step, over all ranks."""
 
 
 class TrainingBatches:
-    """The stream of training batches of one rank, read ahead by a background thread."""
+    """The stream of training batches of one rank, read and packed ahead by a background thread.
 
-    def __init__(self, manifest: Manifest, plan: BatchPlan, rank: int, seed: int, sequences_seen: int) -> None:
+    Args:
+        manifest: the data folder.
+        plan: how a global batch is divided.
+        shape: of every micro-batch.
+        rank: of this process.
+        device: where the batches will be used.
+        seed: of the order of later epochs.
+        sequences_seen: where in the stream to begin.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: BatchPlan,
+        shape: MicroBatchShape,
+        rank: int,
+        device: torch.device,
+        seed: int,
+        sequences_seen: int,
+    ) -> None:
         self._reader = SplitReader(manifest, "train")
         self._plan = plan
+        self._shape = shape
         self._rank = rank
         self._seed = seed
         self._position = sequences_seen
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._on_gpu = device.type == "cuda"
+        # A thread has a current GPU of its own, which page-locked memory belongs to.
+        initializer = (lambda: torch.cuda.set_device(device)) if self._on_gpu else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=initializer)
         self._next = self._thread.submit(self._read_batch, self._position)
+        self.wait_seconds = 0.0
+        """For how long :meth:`next_batch` has kept its caller waiting, all calls together."""
 
     def next_batch(self) -> Batch:
-        """The next step's rows of this rank."""
+        """This rank's part of the next step."""
+        started = time.perf_counter()
         batch = self._next.result()
+        self.wait_seconds += time.perf_counter() - started
         self._position += self._plan.train_batch_size
         self._next = self._thread.submit(self._read_batch, self._position)
         return batch
@@ -89,14 +109,15 @@ class TrainingBatches:
         self._reader.close()
 
     def _read_batch(self, position: int) -> Batch:
-        first = position + self._rank * self._plan.rank_batch_size
-        rows = concatenate([self._reader.read(*piece) for piece in self._pieces(first, self._plan.rank_batch_size)])
-        # Every rank counts the predictions of the whole step from the shards: cheaper than asking the others.
-        whole_step = self._pieces(position, self._plan.train_batch_size)
-        return Batch(rows, sum(self._reader.count_predictions(*piece) for piece in whole_step))
+        rows = concatenate([self._reader.read(*piece) for piece in self._pieces(position)])
+        own = list(pack(rows, self._shape, self._rank, self._plan.world_size))
+        if self._on_gpu:
+            own = [micro_batch.pin_memory() for micro_batch in own]
+        return Batch(own, Workload.of(rows.sizes))
 
-    def _pieces(self, position: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, first row, last row + 1) of ``count`` rows of the stream from ``position`` on."""
+    def _pieces(self, position: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first row, last row + 1) of a step's rows, which begin at ``position`` of the stream."""
+        count = self._plan.train_batch_size
         while count:
             epoch, row = divmod(position, self._reader.num_rows)
             for shard in self._shard_order(epoch):
@@ -117,35 +138,23 @@ class TrainingBatches:
         return np.random.default_rng((self._seed, epoch)).permutation(shards).tolist()
 
 
-def validation_batches(manifest: Manifest, micro_batch_size: int, rank: int, world_size: int) -> Iterator[Rows]:
-    """This rank's contiguous share of the held-out rows, every row on exactly one rank."""
+def validation_batches(
+    manifest: Manifest, shape: MicroBatchShape, rank: int, world_size: int
+) -> Iterator[tuple[MicroBatch, int]]:
+    """This rank's contiguous share of the held-out rows, every row on exactly one rank, and how many predictions each
+    micro-batch has."""
     reader = SplitReader(manifest, "validation")
     start, stop = (reader.num_rows * part // world_size for part in (rank, rank + 1))
-    for first in range(start, stop, micro_batch_size):
-        yield reader.read_range(first, min(first + micro_batch_size, stop))
+    stride = _VALIDATION_MICRO_BATCHES * shape.sequences
+    for first in range(start, stop, stride):
+        for micro_batch in pack(reader.read_range(first, min(first + stride, stop)), shape):
+            yield micro_batch, int((micro_batch.masked_lm_positions > 0).sum())
     reader.close()
 
 
-def model_inputs(rows: Rows, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The arguments of ``MaskedLanguageModel.forward`` for up to ``size`` rows.
-
-    Shapes depend on ``size`` alone, so that a compiled step is compiled once: missing rows repeat the first one without
-    predictions, and every row has all its ``max_predictions_per_seq`` slots.
-    """
-    missing = size - len(rows)
-    if missing:
-        repeated = rows[:1]
-        blank = Rows(
-            repeated.input_ids, repeated.sequence_length, repeated.masked_lm_positions * 0, repeated.masked_lm_ids * 0
-        )
-        rows = concatenate([rows] + [blank] * missing)
-    positions = rows.masked_lm_positions.astype(np.int64)
-    labels = np.where(positions > 0, rows.masked_lm_ids.astype(np.int64), NO_LABEL)
-    row_starts = np.arange(size)[:, None] * rows.input_ids.shape[1]
-    arrays = (
-        rows.input_ids.astype(np.int64),
-        rows.sequence_length.astype(np.int64),
-        (positions + row_starts).ravel(),
-        labels.ravel(),
-    )
-    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+def shape_of_micro_batches(manifest: Manifest, plan: BatchPlan) -> MicroBatchShape:
+    """The shape that suits the training rows, the same on every rank and at every start."""
+    reader = SplitReader(manifest, "train")
+    sizes = reader.read_sizes(0, 0, min(sample_size(plan), reader.shard_rows[0]))
+    reader.close()
+    return plan_shape(sizes, plan, manifest.max_seq_length, manifest.max_predictions_per_seq)

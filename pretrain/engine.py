@@ -18,12 +18,19 @@ import torch.distributed as dist
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from common.errors import UserError
-from data_prep.shards import Rows
-from pretrain.batches import BatchPlan, model_inputs
+from pretrain.batch_plan import BatchPlan
 from pretrain.model import MaskedLanguageModel
+from pretrain.packing import MicroBatch
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+_LOSS_SCALE_AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's words
+_MINIMUM_LOSS_SCALE = 1.0
+_STUCK_LOSS_SCALE = (
+    "gradients overflow in fp16 even at the smallest loss scale: training diverged; try a lower learning rate, a "
+    "longer warmup, or a ds_config with bf16"
+)
 _OWNED_ELSEWHERE = (
+    "managed_gradient_accumulation",
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -128,6 +135,21 @@ def autocast_dtype(ds_config: dict[str, Any]) -> torch.dtype | None:
     return getattr(torch, autocast["dtype"]) if autocast.get("enabled") else None
 
 
+def has_half_precision_weights(ds_config: dict[str, Any]) -> bool:
+    """Whether the model itself is in bf16 or fp16, rather than its matrix products alone."""
+    return any(ds_config.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step came to."""
+
+    loss_sum: torch.Tensor
+    """Over this rank's predictions: a detached scalar on the device."""
+    applied: bool
+    """False where fp16 gradients overflowed, so that the weights stayed as they were. The same on all ranks."""
+
+
 class PretrainEngine:
     """The model on DeepSpeed's engine, one method a training step."""
 
@@ -151,6 +173,8 @@ class PretrainEngine:
                 "train_micro_batch_size_per_gpu": plan.micro_batch_size,
                 "gradient_accumulation_steps": plan.gradient_accumulation_steps,
                 "gradient_clipping": gradient_clipping,
+                # A rank may need a micro-batch more than another, so a step ends when we say so, not after a count.
+                "managed_gradient_accumulation": False,
                 "steps_per_print": 2**62,
             },
         )
@@ -160,43 +184,79 @@ class PretrainEngine:
         """The model, with this rank's current weights."""
         return self._engine.module
 
-    def train_step(self, rows: Rows, num_predictions: int, learning_rate: float, dropout_seed: int) -> torch.Tensor:
-        """One optimizer step over this rank's ``rows``.
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._processes.world_size
+
+    def train_step(
+        self, micro_batches: list[MicroBatch], num_predictions: int, lr_multiplier: float, dropout_seed: int
+    ) -> StepResult:
+        """One optimizer step over this rank's ``micro_batches``, however many these are.
 
         The gradient is that of the mean loss over all ``num_predictions`` predictions of the step on all ranks, not a
         mean of means. ``dropout_seed`` makes the step repeatable without any generator's state.
 
-        Returns:
-            The summed loss of this rank's predictions, a detached scalar on the device.
+        Args:
+            micro_batches: of this rank.
+            num_predictions: of the whole step, over all ranks.
+            lr_multiplier: share of each parameter group's peak learning rate.
+            dropout_seed: of this rank and step.
+
+        Raises:
+            UserError: gradients overflow in fp16 whatever the loss scale.
         """
         self._engine.train()
         torch.manual_seed(dropout_seed)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        size = self._plan.micro_batch_size
-        scale = self._plan.world_size / num_predictions  # DeepSpeed takes the mean over ranks
+            group["lr"] = lr_multiplier * group["peak_learning_rate"]
+        scale = self._processes.world_size / num_predictions  # DeepSpeed takes the mean over ranks
         total = torch.zeros((), device=self._processes.device)
-        for start in range(0, len(rows), size):
-            loss_sum = self._engine(*model_inputs(rows[start : start + size], size, self._processes.device))
+        for micro_batch in micro_batches:
+            loss_sum = self._engine(*micro_batch.model_inputs(self._processes.device))
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            self._engine.step()
             total += loss_sum.detach()
+        applied = self._update()
         if self._processes.device.type == "cuda":
             torch.cuda.synchronize()  # the clock is read next, and queued work is not done work
-        return total
+        return StepResult(total, applied)
+
+    def _update(self) -> bool:
+        """Let the optimizer step; False where fp16 gradients overflowed and the loss scale went down instead."""
+        scaler = self._loss_scaler
+        scale_before = scaler.get_scale() if scaler else 0.0
+        try:
+            self._engine.step()
+        except Exception as error:
+            if _LOSS_SCALE_AT_MINIMUM not in str(error):
+                raise
+            raise UserError(_STUCK_LOSS_SCALE) from None
+        if scaler and scaler.get_scale() < _MINIMUM_LOSS_SCALE:
+            raise UserError(_STUCK_LOSS_SCALE)
+        return self._engine.was_step_applied() and not (scaler and scaler.get_scale() < scale_before)
+
+    @property
+    def _loss_scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in fp16 at ZeRO stage 0; from stage 1 on, DeepSpeed's optimizer does."""
+        return self._engine.torch_autocast_z0_gradscaler
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Rows]) -> float:
-        """Mean loss in nats over all predictions of ``batches`` on all ranks."""
+    def evaluate(self, batches: Iterable[tuple[MicroBatch, int]]) -> float:
+        """Mean loss in nats over all predictions of ``batches`` (and how many each has) on all ranks."""
         self._engine.eval()
-        size = self._plan.micro_batch_size
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._processes.device)
-        num_predictions = 0
-        for rows in batches:
-            loss_sum += self._engine(*model_inputs(rows, size, self._processes.device)).double()
-            num_predictions += int((rows.masked_lm_positions > 0).sum())
-        totals = self.sum_over_ranks(loss_sum.item(), num_predictions)
+        total_predictions = 0
+        for micro_batch, num_predictions in batches:
+            loss_sum += self._engine(*micro_batch.model_inputs(self._processes.device)).double()
+            total_predictions += num_predictions
+        totals = self.sum_over_ranks(loss_sum.item(), total_predictions)
         return totals[0] / totals[1]
+
+    @torch.no_grad()
+    def has_finite_weights(self) -> bool:
+        """Whether no weight is NaN or infinite. All ranks hold the same."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+        return bool(torch.isfinite(torch.stack(norms)).all())
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value's sum over all ranks."""
@@ -206,13 +266,17 @@ class PretrainEngine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's checkpoint files to ``folder/tag``; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        scaler = self._loss_scaler
+        ours = {"loss_scaler": scaler.state_dict()} if scaler else {}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=ours, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Read them again; every rank calls it."""
         # A plain dataclass in DeepSpeed's ZeRO files, the only name in them that is not torch's own.
         torch.serialization.add_safe_globals([fragment_address])
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
+        if self._loss_scaler and "loss_scaler" in ours:
+            self._loss_scaler.load_state_dict(ours["loss_scaler"])
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, Megatr
 
 from common.folders import atomic_path, write_json
 from data_prep.shards import Manifest
-from pretrain.model import Architecture, MaskedLanguageModel
+from pretrain.architecture import Architecture
+from pretrain.model import MaskedLanguageModel
 
 PRETRAINING_FILE = "pretraining.json"
 _PARITY_TOLERANCE = 1e-4  # of the largest logit; float32 rounding is two orders smaller

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import resource
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +13,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pretrain.architecture import Architecture
+from pretrain.batches import Workload
 from pretrain.engine import PretrainEngine
+from pretrain.flops import model_flops
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -66,41 +71,86 @@ class MetricsWriter:
             self._file.close()
 
 
-class StepAverages:
-    """Sums over the steps since the last line of the log; the loss stays on the device until then."""
+@dataclass(frozen=True)
+class StepFigures:
+    """Of a few steps, over all ranks."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    losses: list[float]
+    """Of each step."""
+    loss: float
+    """Over all their predictions, in nats."""
+    sequences_per_second: float
+    tokens_per_second: float
+    """Real ones: padding is not counted."""
+    flop_utilisation: float
+    """The model's operations over what the hardware could do in that time, see :mod:`pretrain.flops`."""
+    wait_share: float
+    """Of the time, spent waiting for data; the mean over ranks."""
+    memory_gigabytes: float
+    """The most that rank 0 has held so far: on its GPU, or in the process where there is none."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """For a line of the log."""
+        digits = {"loss": 6, "flop_utilisation": 4, "wait_share": 4, "memory_gigabytes": 2}
+        values = {name: value for name, value in asdict(self).items() if name != "losses"}
+        return {name: round(value, digits.get(name, 1)) for name, value in values.items()}
+
+
+def peak_memory_gigabytes() -> float:
+    """The most memory this process has held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class StepAverages:
+    """What the steps since the last line of the log have measured; losses stay on the device until then.
+
+    Args:
+        architecture: of the model, for its operations.
+        peak_flops: operations a second that all processes' hardware could do, see :mod:`pretrain.flops`.
+    """
+
+    def __init__(self, architecture: Architecture, peak_flops: float) -> None:
+        self._architecture = architecture
+        self._peak_flops = peak_flops
+        self._wait_seconds_before = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self._loss_sum = torch.zeros((), device=self._device)
-        self._predictions = self._sequences = 0
-        self._latest: dict[str, float] = {}
+        self._loss_sums: list[torch.Tensor] = []
+        self._workloads: list[Workload] = []
         self._started = time.perf_counter()
 
-    def add(
-        self, loss_sum: torch.Tensor, predictions: int, sequences: int, learning_rate: float, progress: float
-    ) -> None:
-        """Count one step: this rank's summed loss, all ranks' predictions and sequences."""
-        self._loss_sum += loss_sum
-        self._predictions += predictions
-        self._sequences += sequences
-        self._latest = {"learning_rate": learning_rate, "progress": progress}
+    def add(self, loss_sum: torch.Tensor, workload: Workload) -> None:
+        """Count one step: this rank's summed loss, all ranks' work."""
+        self._loss_sums.append(loss_sum)
+        self._workloads.append(workload)
 
-    def flush(self, engine: PretrainEngine) -> dict[str, float]:
-        """Mean loss, speed, and the last step's learning rate and progress; nothing when no step was counted."""
-        if not self._sequences:
-            return {}
-        (loss_sum,) = engine.sum_over_ranks(self._loss_sum.item())
+    def flush(self, engine: PretrainEngine, wait_seconds: float) -> StepFigures | None:
+        """The figures since the last call, None when no step was counted; every rank calls it.
+
+        Args:
+            engine: adds up over ranks.
+            wait_seconds: that this rank's steps have waited for data, since its start.
+        """
+        if not self._loss_sums:
+            return None
         seconds = time.perf_counter() - self._started
-        values = {
-            "loss": loss_sum / self._predictions,
-            **self._latest,
-            "sequences_per_second": round(self._sequences / seconds, 2),
-        }
+        waited, self._wait_seconds_before = wait_seconds - self._wait_seconds_before, wait_seconds
+        *loss_sums, waited_by_all = engine.sum_over_ranks(*torch.stack(self._loss_sums).tolist(), waited)
+        work = Workload.sum(self._workloads)
+        figures = StepFigures(
+            losses=[total / max(1, step.predictions) for total, step in zip(loss_sums, self._workloads, strict=True)],
+            loss=sum(loss_sums) / max(1, work.predictions),
+            sequences_per_second=work.sequences / seconds,
+            tokens_per_second=work.tokens / seconds,
+            flop_utilisation=model_flops(self._architecture, work) / seconds / self._peak_flops,
+            wait_share=waited_by_all / engine.world_size / seconds,
+            memory_gigabytes=peak_memory_gigabytes(),
+        )
         self._reset()
-        return values
+        return figures
 
 
 def _open_at_a_new_line(path: Path) -> TextIO:

@@ -1,71 +1,123 @@
 """``micro_batch_size: auto``: the fastest size that fits, found by trying."""
 
 import time
+from collections.abc import Iterator
 
 import torch
 
 from data_prep.shards import Manifest, SplitReader
-from pretrain.batches import model_inputs
+from pretrain.batch_plan import BatchPlan
+from pretrain.batches import shape_of_micro_batches
 from pretrain.model import MaskedLanguageModel
+from pretrain.packing import MicroBatch, pack
 
 _SMALLEST = 8
-_PASSES = 4
+_TIMED_PASSES = 3
 _WORTH_DOUBLING = 1.02  # below this gain in sequences a second, a larger size only costs memory
+_MEMORY_HEADROOM = 0.05  # of a GPU's memory, which fragments and which other libraries use, too
 
 
-def find_micro_batch_size(
-    model: MaskedLanguageModel,
-    manifest: Manifest,
-    rank_batch_size: int,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-) -> dict[int, float]:
-    """Time a forward and backward pass on real rows at growing sizes that divide ``rank_batch_size``.
+class MicroBatchTrials:
+    """Forward and backward passes on real rows, at one size after the other.
 
-    Stops where memory ends or a larger size no longer pays.
+    They run the plain operations: quick to start at any size, as fast or slow among themselves as the compiled ones,
+    and never with less memory.
 
-    Returns:
-        Sequences a second by size, in the order tried; the last one that paid is the fastest.
+    Args:
+        model: in training mode, without gradients.
+        manifest: the data folder.
+        train_batch_size: sequences a step over all processes.
+        world_size: number of processes.
+        autocast_dtype: of matrix products, None for float32.
     """
-    sizes = [size for size in _powers_of_two(rank_batch_size) if rank_batch_size % size == 0] or [rank_batch_size]
-    reader = SplitReader(manifest, "train")
-    adams_memory = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
-    speeds: dict[int, float] = {}
-    for size in sizes:
-        rows = reader.read_range(0, min(size, reader.num_rows))
-        try:
-            seconds = _time_pass(model, model_inputs(rows, size, device), autocast_dtype)
-        except torch.cuda.OutOfMemoryError:
-            break
-        finally:
-            model.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        previous = max(speeds.values(), default=0.0)
-        speeds[size] = size / seconds
-        if speeds[size] < _WORTH_DOUBLING * previous:
-            break
-    reader.close()
-    del adams_memory
-    return speeds
 
+    def __init__(
+        self,
+        model: MaskedLanguageModel,
+        manifest: Manifest,
+        train_batch_size: int,
+        world_size: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self._model = model
+        self._manifest = manifest
+        self._train_batch_size = train_batch_size
+        self._world_size = world_size
+        self._autocast_dtype = autocast_dtype
+        self._device = model.head.bias.device
 
-def _powers_of_two(limit: int) -> list[int]:
-    return [2**exponent for exponent in range(limit.bit_length()) if min(_SMALLEST, limit) <= 2**exponent <= limit]
+    def speeds(self, seconds_allowed: float) -> dict[int, float]:
+        """Sequences a second by size, at growing sizes that divide the batch.
 
-
-def _time_pass(
-    model: MaskedLanguageModel, inputs: tuple[torch.Tensor, ...], autocast_dtype: torch.dtype | None
-) -> float:
-    """Seconds of one pass: the fastest, since whatever else the machine does only ever adds time."""
-    device = inputs[0].device
-    passes = []
-    for _ in range(_PASSES):
+        Ends where memory does, where a larger size no longer pays, or when the next one would take longer than allowed.
+        """
+        reserved = self._reserve_memory()
         started = time.perf_counter()
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            loss = model(*inputs)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        passes.append(time.perf_counter() - started)
-    return min(passes)
+        speeds: dict[int, float] = {}
+        for size in self.sizes():
+            seconds = self.seconds_of_a_pass(size)
+            if seconds is None:
+                break
+            previous = max(speeds.values(), default=0.0)
+            speeds[size] = size / seconds
+            spent = time.perf_counter() - started
+            next_one = 2 * (1 + _TIMED_PASSES) * seconds
+            if speeds[size] < _WORTH_DOUBLING * previous or spent + next_one > seconds_allowed:
+                break
+        del reserved
+        return speeds
+
+    def sizes(self) -> list[int]:
+        """Powers of two that divide a rank's batch; the whole of it where none does."""
+        rank_batch_size = self._train_batch_size // self._world_size
+        powers = [2**exponent for exponent in range(rank_batch_size.bit_length())]
+        sizes = [size for size in powers if size >= min(_SMALLEST, rank_batch_size) and rank_batch_size % size == 0]
+        return sizes or [rank_batch_size]
+
+    def seconds_of_a_pass(self, size: int) -> float | None:
+        """The fastest of a few, since whatever else the machine does only ever adds time; None where memory ends."""
+        micro_batch = self._first_micro_batch(size)
+        try:
+            return min(self._time_passes(micro_batch))
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self._model.zero_grad(set_to_none=True)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _first_micro_batch(self, size: int) -> MicroBatch:
+        plan = BatchPlan(self._train_batch_size, size, self._world_size)
+        shape = shape_of_micro_batches(self._manifest, plan)
+        reader = SplitReader(self._manifest, "train")
+        rows = reader.read_range(0, min(size, reader.num_rows))
+        reader.close()
+        return next(pack(rows, shape))
+
+    def _time_passes(self, micro_batch: MicroBatch) -> Iterator[float]:
+        for number in range(1 + _TIMED_PASSES):
+            started = time.perf_counter()
+            with torch.autocast(self._device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+                loss = self._model(*micro_batch.model_inputs(self._device))
+            loss.backward()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            if number:  # the first one loads kernels and allocates
+                yield time.perf_counter() - started
+
+    def _reserve_memory(self) -> list[torch.Tensor]:
+        """What training will hold besides: two moments, a buffer for gradients on their way, and some headroom."""
+        copies = 2 + (self._world_size > 1)
+        reserved = [torch.empty_like(parameter) for parameter in self._model.parameters() for _ in range(copies)]
+        if self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            reserved.append(torch.empty(int(_MEMORY_HEADROOM * total), dtype=torch.uint8, device=self._device))
+        return reserved
+
+
+def largest_that_fits(trials: MicroBatchTrials, below: int) -> int | None:
+    """The largest size under ``below`` that a pass has memory for; None where not even the smallest fits."""
+    for size in reversed(trials.sizes()):
+        if size < below and trials.seconds_of_a_pass(size) is not None:
+            return size
+    return None

@@ -3,9 +3,9 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,108 +13,36 @@ import torch
 from common.errors import UserError
 from common.folders import check_folder, claim_folder, only_writer, write_json
 from data_prep.shards import Manifest, SplitReader, read_manifest
-from pretrain.batches import BatchPlan, TrainingBatches, validation_batches
-from pretrain.budget import Budget, Cadence, Decision, Director, parse_duration, share_of_run
+from pretrain.architecture import Architecture, resolve
+from pretrain.batch_plan import BatchPlan
+from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation_batches
+from pretrain.budget import Budget, Decision, Director
 from pretrain.checkpoint import Checkpoints, Setting, TrainState, check_resumable, load_weights, read_state
+from pretrain.config import PretrainConfig
 from pretrain.engine import (
     PretrainEngine,
     Processes,
     autocast_dtype,
+    has_half_precision_weights,
     load_ds_config,
     start_processes,
     stop_processes,
     zero_stage,
 )
 from pretrain.export import export
-from pretrain.metrics import MetricsWriter, StepAverages, curves, lost_seconds, read_metrics
-from pretrain.micro_batch import find_micro_batch_size
-from pretrain.model import Architecture, MaskedLanguageModel, ModelConfig, resolve
-from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.flops import matrix_product_rate
+from pretrain.kernels import apply_kernels
+from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
+from pretrain.micro_batch import MicroBatchTrials, largest_that_fits
+from pretrain.model import MaskedLanguageModel
+from pretrain.optimizer import build_optimizer, check_optimizer
 from pretrain.schedule import lr_multiplier
 
 SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "hf"
-_EARLY_SHARE = 0.05  # Izsak et al. 2021: validation is denser in the first 5 % of the run
+_MICRO_BATCH_SEARCH_SHARE = 0.02  # of the budget
+_MICRO_BATCH_SEARCH_SECONDS = 120.0  # at most
 _MAY_CHANGE_ON_RESUME = ("resume", "kernels", "ds_config", "micro_batch_size", "log_interval", "checkpoints_kept")
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run; the defaults are 24hBERT's."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """the architecture"""
-    time_budget: str | None = "24h"
-    """wall-clock length of the run, like 90s, 30m, 24h or 3d; null with max_steps"""
-    max_steps: int | None = None
-    """length of the run in optimizer steps instead of time"""
-    schedule_length: str | None = None
-    """length of the learning rate's schedule when it is longer than the run; default: the budget"""
-    train_batch_size: int = 4096
-    """sequences a step over all processes"""
-    micro_batch_size: int | Literal["auto"] = "auto"
-    """sequences a forward and backward pass on one GPU; auto finds the fastest that fits"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """the optimizer and its peak learning rate"""
-    warmup_proportion: float = 0.06
-    """share of the schedule in which the learning rate rises"""
-    gradient_clipping: float = 0.0
-    """largest norm of the gradient; 0: off"""
-    validation_interval: str = "30m"
-    """time or share of the run between validations, like 30m or 10%"""
-    early_validation_interval: str | None = "10m"
-    """the same in the first 5 % of the run; null: no difference"""
-    checkpoint_interval: str = "30m"
-    """time or share of the run between checkpoints"""
-    checkpoints_kept: int = 2
-    """newest checkpoints to keep"""
-    log_interval: int = 10
-    """steps between lines of metrics.jsonl"""
-    kernels: Literal["auto", "eager", "compile"] = "auto"
-    """how the model's operations run; auto: compile on CUDA, eager on CPU"""
-    ds_config: str = "auto"
-    """DeepSpeed JSON (precision, ZeRO, communication); auto: bf16, fp16 or cpu by the hardware"""
-    resume: str = "auto"
-    """auto: from the run's newest checkpoint if it has one; never; or the path of another run's checkpoint"""
-    seed: int = 42
-    """of initialisation, dropout and the order of later epochs"""
-
-    def __post_init__(self) -> None:
-        if (self.time_budget is None) == (self.max_steps is None):
-            raise ValueError("give either time_budget or max_steps, and null for the other")
-        if not 0 <= self.warmup_proportion < 1:
-            raise ValueError(f"warmup_proportion {self.warmup_proportion} is not a share from 0 to below 1")
-        for name in ("max_steps", "train_batch_size", "micro_batch_size", "checkpoints_kept", "log_interval"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
-        if self.schedule_scale < 1:
-            raise ValueError(f"schedule_length {self.schedule_length} is shorter than time_budget {self.time_budget}")
-        self.cadences()
-
-    @property
-    def budget_seconds(self) -> float | None:
-        """The budget by the clock, None for a run of ``max_steps``."""
-        return None if self.time_budget is None else parse_duration(self.time_budget)
-
-    @property
-    def schedule_scale(self) -> float:
-        """Length of the schedule over length of the run."""
-        if self.schedule_length is None:
-            return 1.0
-        if self.budget_seconds is None:
-            raise ValueError("schedule_length needs a time_budget")
-        return parse_duration(self.schedule_length) / self.budget_seconds
-
-    def cadences(self) -> tuple[Cadence, Cadence]:
-        """When to validate and when to save."""
-        seconds, early = self.budget_seconds, self.early_validation_interval
-        validation = Cadence(
-            share_of_run(self.validation_interval, seconds), early and share_of_run(early, seconds), _EARLY_SHARE
-        )
-        return validation, Cadence(share_of_run(self.checkpoint_interval, seconds))
 
 
 def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
@@ -139,6 +67,7 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     state = read_state(checkpoint) if checkpoint else None
     processes = start_processes()
     try:
+        check_optimizer(config.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
         setting = Setting(manifest.sha256, asdict(architecture), zero_stage(ds_config), processes.world_size)
         # What doesn't fit is refused before anything is written.
         if checkpoint and state:
@@ -200,6 +129,7 @@ class Pretrainer:
         self._state = state
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
+        self._skipped_steps = 0
         elapsed, step_seconds = (state.elapsed_seconds, state.step_seconds) if state else (0.0, 0.0)
         self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed, step_seconds)
         validation, saving = config.cadences()
@@ -207,7 +137,6 @@ class Pretrainer:
             cadence.skip_to(self._budget.progress(self._step))
         self._director = Director(self._budget, validation, saving, processes.cpu_group)
         self._checkpoints = _checkpoints(config, output_dir, processes.rank)
-        self._averages = StepAverages(processes.device)
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
@@ -218,23 +147,40 @@ class Pretrainer:
             self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent
         )
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
-        torch.manual_seed(self._config.seed)
-        model = MaskedLanguageModel(self._architecture).to(self._processes.device)
-        self._plan = self._plan_batches(model)
-        self._metrics.say(f"{self._plan} on {self._processes.hardware}")
-        if self._config.kernels == "compile" or (
-            self._config.kernels == "auto" and self._processes.device.type == "cuda"
-        ):
-            model.compile()
-        optimizer = build_optimizer(model, self._config.optimizer)
-        self._engine = PretrainEngine(
-            model, optimizer, self._ds_config, self._plan, self._config.gradient_clipping, self._processes
+        self._prepare_model(checkpoint)
+        self._batches = TrainingBatches(
+            self._manifest,
+            self._plan,
+            self._shape,
+            self._processes.rank,
+            self._processes.device,
+            self._config.seed,
+            self._sequences_seen,
         )
+        dtype = autocast_dtype(self._ds_config) or torch.float32
+        peak_flops = matrix_product_rate(self._processes.device, dtype) * self._processes.world_size
+        self._averages = StepAverages(self._architecture, peak_flops)
+        self._metrics.say(f"matrix products in {str(dtype).removeprefix('torch.')}: {peak_flops / 1e12:.2f} TFLOP/s")
+
+    def _prepare_model(self, checkpoint: Path | None) -> None:
+        config, processes = self._config, self._processes
+        torch.manual_seed(config.seed)
+        model = MaskedLanguageModel(self._architecture).to(processes.device)
+        trials = MicroBatchTrials(
+            model, self._manifest, config.train_batch_size, processes.world_size, autocast_dtype(self._ds_config)
+        )
+        self._plan = BatchPlan(config.train_batch_size, self._micro_batch_size(trials), processes.world_size)
+        self._shape = shape_of_micro_batches(self._manifest, self._plan)
+        self._metrics.say(f"{self._plan} on {processes.hardware}; {self._shape}")
+        kernels = apply_kernels(model, config.kernels, processes.device)
+        self._metrics.say(f"kernels: {kernels}")
+        optimizer = build_optimizer(model, config.optimizer)
+        self._engine = PretrainEngine(
+            model, optimizer, self._ds_config, self._plan, config.gradient_clipping, processes
+        )
+        self._trials = trials
         if checkpoint:
             load_weights(self._engine, checkpoint)
-        self._batches = TrainingBatches(
-            self._manifest, self._plan, self._processes.rank, self._config.seed, self._sequences_seen
-        )
 
     def train(self) -> None:
         """Train until the budget ends, then write the model folder and the summary."""
@@ -246,42 +192,70 @@ class Pretrainer:
                 self._timed("save", self._save)
         self._close()
 
-    def _plan_batches(self, model: MaskedLanguageModel) -> BatchPlan:
-        world_size, batch_size = self._processes.world_size, self._config.train_batch_size
+    def _micro_batch_size(self, trials: MicroBatchTrials) -> int:
+        """As configured, as the run had it before, or the fastest."""
         size = self._config.micro_batch_size
-        if size == "auto":
-            size = self._state.micro_batch_size if self._state else 0
-            if not size or batch_size % (size * world_size):
-                size = self._search_micro_batch_size(model, batch_size // world_size)
-        return BatchPlan(batch_size, size, world_size)
+        if size != "auto":
+            return size
+        kept = self._state.micro_batch_size if self._state else 0
+        if kept and self._config.train_batch_size % (kept * self._processes.world_size) == 0:
+            return kept
+        return self._search_micro_batch_size(trials)
 
-    def _search_micro_batch_size(self, model: MaskedLanguageModel, rank_batch_size: int) -> int:
-        """The fastest size on rank 0, for all ranks."""
-        dtype = autocast_dtype(self._ds_config)
-        speeds = find_micro_batch_size(model, self._manifest, rank_batch_size, self._processes.device, dtype)
-        if not speeds:
+    def _search_micro_batch_size(self, trials: MicroBatchTrials) -> int:
+        """The fastest size that fits on all ranks."""
+        started = time.perf_counter()
+        budget = self._config.budget_seconds
+        allowed = min(_MICRO_BATCH_SEARCH_SECONDS, _MICRO_BATCH_SEARCH_SHARE * budget) if budget else np.inf
+        own = trials.speeds(allowed)
+        speeds = torch.tensor([own.get(size, 0.0) for size in trials.sizes()], dtype=torch.float64)
+        torch.distributed.all_reduce(speeds, torch.distributed.ReduceOp.MIN, group=self._processes.cpu_group)
+        if not speeds.any():
             raise UserError("out of memory at the smallest micro-batch: take a smaller model or max_seq_length")
-        fastest = torch.tensor(max(speeds, key=speeds.__getitem__))
-        torch.distributed.broadcast(fastest, src=0, group=self._processes.cpu_group)
-        tried = ", ".join(f"{size}: {speed:.0f}" for size, speed in speeds.items())
-        self._metrics.say(f"micro_batch_size {fastest}; sequences a second by size: {tried}")
-        return int(fastest)
+        tried = {size: round(speed, 1) for size, speed in zip(trials.sizes(), speeds.tolist(), strict=True) if speed}
+        fastest = max(tried, key=tried.__getitem__)
+        seconds = time.perf_counter() - started
+        self._metrics.write(
+            "micro_batch_search",
+            self._step,
+            self._budget.elapsed(),
+            micro_batch_size=fastest,
+            seconds=round(seconds, 3),
+        )
+        listed = ", ".join(f"{size}: {speed}" for size, speed in tried.items())
+        self._metrics.say(
+            f"micro_batch_size {fastest}, found in {seconds:.1f} s; sequences a second on a process by size: {listed}"
+        )
+        return fastest
 
     def _train_step(self, decision: Decision) -> None:
         started = time.perf_counter()
-        learning_rate = self._config.optimizer.learning_rate * lr_multiplier(
-            decision.schedule_position, self._config.warmup_proportion
-        )
+        multiplier = lr_multiplier(decision.schedule_position, self._config.warmup_proportion)
         batch = self._batches.next_batch()
-        loss_sum = self._engine.train_step(batch.rows, batch.num_predictions, learning_rate, self._dropout_seed())
-        self._step += 1
+        try:
+            result = self._engine.train_step(
+                batch.micro_batches, batch.workload.predictions, multiplier, self._dropout_seed()
+            )
+        except torch.OutOfMemoryError:
+            result = None  # no more than this here: the exception holds the memory of the failed pass
+        if result is None:
+            raise self._out_of_memory()
         self._sequences_seen += self._plan.train_batch_size
-        self._averages.add(
-            loss_sum, batch.num_predictions, self._plan.train_batch_size, learning_rate, decision.progress
-        )
+        if not result.applied:
+            self._skipped_steps += 1
+            return
+        self._step += 1
+        self._progress, self._learning_rate = decision.progress, multiplier * self._config.optimizer.learning_rate
+        self._averages.add(result.loss_sum, batch.workload)
         self._budget.record_step(time.perf_counter() - started)
         if self._step % self._config.log_interval == 0:
             self._log()
+
+    def _out_of_memory(self) -> UserError:
+        size = self._plan.micro_batch_size
+        fits = largest_that_fits(self._trials, below=size)
+        advice = f"{fits} fits" if fits else "nothing smaller fits: take a smaller model or max_seq_length"
+        return UserError(f"out of memory with micro_batch_size {size}: {advice}")
 
     def _dropout_seed(self) -> int:
         """A seed of its own for every (run, step, rank): a resumed run needs no generator's state."""
@@ -290,20 +264,33 @@ class Pretrainer:
 
     def _log(self) -> None:
         """Write what the steps since the last line have measured; every rank calls it."""
-        values = self._averages.flush(self._engine)
-        if not values:
+        figures = self._averages.flush(self._engine, self._batches.wait_seconds)
+        if not figures:
             return
-        if not torch.isfinite(torch.tensor(values["loss"])):
-            raise UserError(
-                f"the loss is {values['loss']} at step {self._step}: training diverged; the last good checkpoint is "
-                f"{self._checkpoints.latest()}; try a lower learning rate"
-            )
-        elapsed = self._budget.elapsed()
+        self._stop_if_diverged(figures)
         self._metrics.write(
-            "train", self._step, elapsed, epoch=round(self._batches.epochs(self._sequences_seen), 4), **values
+            "train",
+            self._step,
+            self._budget.elapsed(),
+            epoch=round(self._batches.epochs(self._sequences_seen), 4),
+            learning_rate=self._learning_rate,
+            progress=self._progress,
+            skipped_steps=self._skipped_steps,
+            **figures.as_metrics(),
         )
-        rate = f"{values['sequences_per_second']:.0f}/s"
-        self._metrics.show(self._budget.spent(self._step), loss=f"{values['loss']:.3f}", sequences=rate)
+        rate = f"{figures.sequences_per_second:.0f}/s"
+        self._metrics.show(self._budget.spent(self._step), loss=f"{figures.loss:.3f}", sequences=rate)
+
+    def _stop_if_diverged(self, figures: StepFigures) -> None:
+        first_logged = self._step - len(figures.losses) + 1
+        for step, loss in enumerate(figures.losses, first_logged):
+            if not np.isfinite(loss):
+                raise self._divergence(f"the loss is {loss} at step {step}")
+
+    def _divergence(self, what: str) -> UserError:
+        kept = self._checkpoints.latest()
+        good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        return UserError(f"{what}: training diverged; {good}; try a lower learning rate or a longer warmup")
 
     def _timed(self, action: str, function: Any) -> None:
         started = time.perf_counter()
@@ -311,9 +298,8 @@ class Pretrainer:
         self._director.record(action, time.perf_counter() - started)
 
     def _validate(self) -> float:
-        size, processes = self._plan.micro_batch_size, self._processes
-        rows = validation_batches(self._manifest, size, processes.rank, processes.world_size)
-        loss = self._engine.evaluate(rows)
+        batches = validation_batches(self._manifest, self._shape, self._processes.rank, self._processes.world_size)
+        loss = self._engine.evaluate(batches)
         elapsed = self._budget.elapsed()
         self._metrics.write("validation", self._step, elapsed, loss=loss, progress=self._budget.progress(self._step))
         self._metrics.say(f"step {self._step}, {elapsed:.0f} s: validation loss {loss:.4f}")
@@ -321,6 +307,8 @@ class Pretrainer:
 
     def _save(self) -> None:
         self._log()  # stops a run that has diverged before its weights replace good ones
+        if not self._engine.has_finite_weights():
+            raise self._divergence(f"weights are not finite after step {self._step}")
         self._checkpoints.save(self._engine, self._current_state())
         self._metrics.write("checkpoint", self._step, self._budget.elapsed())
 
@@ -338,10 +326,9 @@ class Pretrainer:
         """What follows the last step and is not counted: checkpoint, validation, export, summary."""
         started = time.perf_counter()
         self._budget.stop()
-        self._log()
         self._batches.close()
         elapsed = self._budget.elapsed()
-        self._checkpoints.save(self._engine, self._current_state())
+        self._save()
         validation_loss = self._validate()
         summary = {
             "elapsed_seconds": round(elapsed, 3),
@@ -349,6 +336,7 @@ class Pretrainer:
             "max_steps": self._config.max_steps,
             "stopped_by": "max_steps" if self._config.max_steps else "time_budget",
             "steps": self._step,
+            "skipped_steps": self._skipped_steps,
             "sequences": self._sequences_seen,
             "epochs": round(self._batches.epochs(self._sequences_seen), 4),
             "validation_loss": validation_loss,

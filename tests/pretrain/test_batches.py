@@ -1,8 +1,9 @@
 """Every row is trained on once an epoch, by one rank, at a place that follows from its number alone."""
 
+import time
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,9 @@ from data_prep.build import build
 from data_prep.config import DataConfig
 from data_prep.documents import Source
 from data_prep.shards import Manifest, SplitReader, read_manifest
-from pretrain.batches import BatchPlan, TrainingBatches, model_inputs, validation_batches
-from pretrain.model import NO_LABEL
+from pretrain.batch_plan import BatchPlan
+from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation_batches
+from pretrain.packing import MicroBatch
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +25,34 @@ def manifest(tmp_path_factory) -> Manifest:
     return read_manifest(folder)
 
 
-def all_rows(manifest: Manifest, split: str) -> np.ndarray:
+CPU = torch.device("cpu")
+
+
+def all_rows(manifest: Manifest, split: str) -> list[bytes]:
+    """Every row's tokens, in order."""
     reader = SplitReader(manifest, split)
-    rows = reader.read_range(0, reader.num_rows).input_ids
+    rows = reader.read_range(0, reader.num_rows)
     reader.close()
-    return rows
+    return [ids[:length].tobytes() for ids, length in zip(rows.input_ids, rows.sequence_length, strict=True)]
 
 
-def read_steps(manifest: Manifest, world_size: int, steps: int, sequences_seen: int = 0) -> list[np.ndarray]:
-    """The global batches that all ranks together see."""
+def sequences_of(micro_batch: MicroBatch) -> list[bytes]:
+    """The same of a packed micro-batch."""
+    ids, lengths = micro_batch.input_ids.numpy(), micro_batch.sequence_length.numpy().astype(int)
+    stops = lengths.cumsum()
+    return [ids[stop - length : stop].tobytes() for stop, length in zip(stops, lengths, strict=True) if length]
+
+
+def read_steps(manifest: Manifest, world_size: int, steps: int, sequences_seen: int = 0) -> list[list[bytes]]:
+    """The sequences of each global batch, which all ranks see together, sorted."""
     plan = BatchPlan(train_batch_size=48, micro_batch_size=8, world_size=world_size)
-    ranks = [TrainingBatches(manifest, plan, rank, seed=5, sequences_seen=sequences_seen) for rank in range(world_size)]
-    batches = [np.concatenate([rank.next_batch().rows.input_ids for rank in ranks]) for _ in range(steps)]
+    shape = shape_of_micro_batches(manifest, plan)
+    assert shape.is_packed
+    ranks = [TrainingBatches(manifest, plan, shape, rank, CPU, 5, sequences_seen) for rank in range(world_size)]
+    batches = []
+    for _ in range(steps):
+        parts = [micro_batch for rank in ranks for micro_batch in rank.next_batch().micro_batches]
+        batches.append(sorted(sequence for part in parts for sequence in sequences_of(part)))
     for rank in ranks:
         rank.close()
     return batches
@@ -42,57 +60,70 @@ def read_steps(manifest: Manifest, world_size: int, steps: int, sequences_seen: 
 
 def test_the_first_epoch_is_the_shards_in_order(manifest) -> None:
     rows = all_rows(manifest, "train")
-    steps = len(rows) // 48
-    np.testing.assert_array_equal(np.concatenate(read_steps(manifest, 1, steps)), rows[: steps * 48])
+    for step, batch in enumerate(read_steps(manifest, 1, len(rows) // 48)):
+        assert batch == sorted(rows[step * 48 : (step + 1) * 48])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_sees_the_same_global_batches(manifest, world_size: int) -> None:
-    alone, together = read_steps(manifest, 1, 30), read_steps(manifest, world_size, 30)
-    for first, second in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(first, second)
+    assert read_steps(manifest, 1, 30) == read_steps(manifest, world_size, 30)
 
 
 def test_every_epoch_has_each_row_once_in_another_order_of_shards(manifest) -> None:
     rows = all_rows(manifest, "train")
-    stream = np.concatenate(read_steps(manifest, 1, 3 * len(rows) // 48 + 1))
-    first, second = stream[: len(rows)], stream[len(rows) : 2 * len(rows)]
-    assert sorted(map(bytes, first)) == sorted(map(bytes, second))
-    assert not np.array_equal(first, second)
+    batches = read_steps(manifest, 1, 2 * len(rows) // 48)
+    within_first = len(rows) // 48
+    assert sorted(row for batch in batches for row in batch)[:10] == sorted(rows * 2)[:10]
+    counts = Counter(row for batch in batches for row in batch)
+    in_data = Counter(rows)
+    assert all(counts[row] <= 2 * number for row, number in in_data.items())
+    assert sum(counts.values()) == len(batches) * 48
+    assert batches[:within_first] != batches[within_first : 2 * within_first]
 
 
 def test_a_resume_goes_on_at_the_next_row(manifest) -> None:
-    whole = read_steps(manifest, 2, 60)
-    resumed = read_steps(manifest, 2, 20, sequences_seen=40 * 48)
-    for first, second in zip(whole[40:], resumed, strict=True):
-        np.testing.assert_array_equal(first, second)
+    assert read_steps(manifest, 2, 60)[40:] == read_steps(manifest, 2, 20, sequences_seen=40 * 48)
 
 
-def test_predictions_are_counted_over_all_ranks(manifest) -> None:
+def test_the_work_of_a_step_is_counted_over_all_ranks(manifest) -> None:
     plan = BatchPlan(48, 8, world_size=2)
-    ranks = [TrainingBatches(manifest, plan, rank, seed=5, sequences_seen=0) for rank in range(2)]
+    shape = shape_of_micro_batches(manifest, plan)
+    ranks = [TrainingBatches(manifest, plan, shape, rank, CPU, seed=5, sequences_seen=0) for rank in range(2)]
     batches = [rank.next_batch() for rank in ranks]
-    own = sum(int((batch.rows.masked_lm_positions > 0).sum()) for batch in batches)
-    assert [batch.num_predictions for batch in batches] == [own, own]
+    parts = [micro_batch for batch in batches for micro_batch in batch.micro_batches]
+    lengths = torch.cat([part.sequence_length for part in parts]).long()
+    assert batches[0].workload == batches[1].workload
+    work = batches[0].workload
+    assert work.sequences == 48
+    assert work.tokens == lengths.sum()
+    assert work.token_pairs == (lengths**2).sum()
+    assert work.predictions == sum(int((part.masked_lm_positions > 0).sum()) for part in parts)
     for rank in ranks:
         rank.close()
 
 
+def test_waiting_for_data_is_measured(manifest, monkeypatch) -> None:
+    plan = BatchPlan(48, 8, world_size=1)
+    shape = shape_of_micro_batches(manifest, plan)
+    monkeypatch.setattr(SplitReader, "read", lambda *_, real=SplitReader.read: time.sleep(0.2) or real(*_))
+    batches = TrainingBatches(manifest, plan, shape, 0, CPU, seed=5, sequences_seen=0)
+    batches.next_batch()
+    assert batches.wait_seconds > 0.1
+    batches.close()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_reads_every_held_out_row_once(manifest, world_size: int) -> None:
-    seen = [rows.input_ids for rank in range(world_size) for rows in validation_batches(manifest, 4, rank, world_size)]
-    np.testing.assert_array_equal(np.concatenate(seen), all_rows(manifest, "validation"))
-
-
-def test_inputs_have_one_shape_and_blank_rows_predict_nothing(manifest) -> None:
-    reader = SplitReader(manifest, "train")
-    full = model_inputs(reader.read_range(0, 8), 8, torch.device("cpu"))
-    part = model_inputs(reader.read_range(0, 3), 8, torch.device("cpu"))
+    shape = shape_of_micro_batches(manifest, BatchPlan(48, 4, world_size))
+    seen, predictions = [], 0
+    for rank in range(world_size):
+        for micro_batch, number in validation_batches(manifest, shape, rank, world_size):
+            seen += sequences_of(micro_batch)
+            predictions += number
+    assert sorted(seen) == sorted(all_rows(manifest, "validation"))
+    reader = SplitReader(manifest, "validation")
+    assert predictions == reader.read_range(0, reader.num_rows).sizes.predictions.sum()
     reader.close()
-    assert [tensor.shape for tensor in full] == [tensor.shape for tensor in part]
-    slots = 3 * manifest.max_predictions_per_seq
-    torch.testing.assert_close(part[3][:slots], full[3][:slots])
-    assert (part[3][slots:] == NO_LABEL).all()
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_name() -> None:

@@ -1,0 +1,90 @@
+"""The configuration of a pretraining run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pretrain.architecture import ModelConfig
+from pretrain.budget import Cadence, parse_duration, share_of_run
+from pretrain.kernels import Kernels
+from pretrain.optimizer import OptimizerConfig
+
+_EARLY_SHARE = 0.05  # Izsak et al. 2021: validation is denser in the first 5 % of the run
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run; the defaults are 24hBERT's."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """the architecture"""
+    time_budget: str | None = "24h"
+    """wall-clock length of the run, like 90s, 30m, 24h or 3d; null with max_steps"""
+    max_steps: int | None = None
+    """length of the run in optimizer steps instead of time"""
+    schedule_length: str | None = None
+    """length of the learning rate's schedule when it is longer than the run; default: the budget"""
+    train_batch_size: int = 4096
+    """sequences a step over all processes"""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """sequences a forward and backward pass on one GPU; auto finds the fastest that fits"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """the optimizer and its peak learning rate"""
+    warmup_proportion: float = 0.06
+    """share of the schedule in which the learning rate rises"""
+    gradient_clipping: float = 0.0
+    """largest norm of the gradient; 0: off"""
+    validation_interval: str = "30m"
+    """time or share of the run between validations, like 30m or 10%"""
+    early_validation_interval: str | None = "10m"
+    """the same in the first 5 % of the run; null: no difference"""
+    checkpoint_interval: str = "30m"
+    """time or share of the run between checkpoints"""
+    checkpoints_kept: int = 2
+    """newest checkpoints to keep"""
+    log_interval: int = 10
+    """steps between lines of metrics.jsonl"""
+    kernels: Kernels = "auto"
+    """how the model's operations run; auto: compile on CUDA, eager on CPU"""
+    ds_config: str = "auto"
+    """DeepSpeed JSON (precision, ZeRO, communication); auto: bf16, fp16 or cpu by the hardware"""
+    resume: str = "auto"
+    """auto: from the run's newest checkpoint if it has one; never; or the path of another run's checkpoint"""
+    seed: int = 42
+    """of initialisation, dropout and the order of later epochs"""
+
+    def __post_init__(self) -> None:
+        if (self.time_budget is None) == (self.max_steps is None):
+            raise ValueError("give either time_budget or max_steps, and null for the other")
+        if not 0 <= self.warmup_proportion < 1:
+            raise ValueError(f"warmup_proportion {self.warmup_proportion} is not a share from 0 to below 1")
+        for name in ("max_steps", "train_batch_size", "micro_batch_size", "checkpoints_kept", "log_interval"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.schedule_scale < 1:
+            raise ValueError(f"schedule_length {self.schedule_length} is shorter than time_budget {self.time_budget}")
+        self.cadences()
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """The budget by the clock, None for a run of ``max_steps``."""
+        return None if self.time_budget is None else parse_duration(self.time_budget)
+
+    @property
+    def schedule_scale(self) -> float:
+        """Length of the schedule over length of the run."""
+        if self.schedule_length is None:
+            return 1.0
+        if self.budget_seconds is None:
+            raise ValueError("schedule_length needs a time_budget")
+        return parse_duration(self.schedule_length) / self.budget_seconds
+
+    def cadences(self) -> tuple[Cadence, Cadence]:
+        """When to validate and when to save."""
+        seconds, early = self.budget_seconds, self.early_validation_interval
+        validation = Cadence(
+            share_of_run(self.validation_interval, seconds), early and share_of_run(early, seconds), _EARLY_SHARE
+        )
+        return validation, Cadence(share_of_run(self.checkpoint_interval, seconds))

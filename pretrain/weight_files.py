@@ -1,0 +1,108 @@
+"""DeepSpeed's checkpoint files to whole float32 weights, read with torch alone: no engine, no other process, no GPU."""
+
+import pickle
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_COMPILED = "_orig_mod."  # what torch.compile puts before the names of what it wraps
+
+
+class _Fragment:
+    """Where a parameter's part lies in the vector of one rank: DeepSpeed's ``fragment_address``."""
+
+    start: int
+    numel: int
+
+
+class _Ignored:
+    """What the weights don't depend on."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+
+# All that is in the files besides tensors and plain values; instead of DeepSpeed's classes, these are made.
+_CLASSES_IN_FILES = [
+    (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Ignored, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+]
+
+
+def read_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, torch.Tensor]:
+    """The trained weights in float32, under the names that the model has uncompiled.
+
+    At ZeRO stage 0 they are in the model's file. From stage 1 on that may hold rounded copies, and the float32 weights
+    that the optimizer works on lie in the files of the ranks, a part each.
+
+    Args:
+        folder: of a checkpoint.
+        zero_stage: that it was saved at, 0 to 3.
+        world_size: how many processes saved it.
+
+    Raises:
+        UserError: a file is missing, damaged or not DeepSpeed's.
+    """
+    model_files = sorted(folder.glob("*_model_states.pt"))
+    if not model_files:
+        raise UserError(f"{folder} has no *_model_states.pt: the checkpoint is not whole")
+    try:
+        saved = _load(model_files[0])
+        if zero_stage == 0:
+            weights = saved["module"]
+        else:
+            ranks = [_load(file)["optimizer_state_dict"] for file in _optimizer_files(folder, world_size)]
+            weights = _join_by_name(saved["param_shapes"], ranks) if zero_stage < 3 else _join_in_order(saved, ranks)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the files in {folder} are not as DeepSpeed writes them ({error!r})") from None
+    return {name.replace(_COMPILED, ""): tensor.float() for name, tensor in weights.items()}
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_CLASSES_IN_FILES):
+            # Mapped, so that the optimizer's moments, twice as much as the weights, are not read.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} is damaged or not DeepSpeed's ({str(error).splitlines()[0]})") from None
+
+
+def _optimizer_files(folder: Path, world_size: int) -> list[Path]:
+    """One per rank, in the order of ranks."""
+    found = {int(match[1]): file for file in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(file.name))}
+    missing = sorted(set(range(world_size)) - found.keys())
+    if missing:
+        raise UserError(
+            f"{folder} lacks the *_optim_states.pt of rank {missing[0]}: of {world_size} processes, each wrote a part"
+        )
+    return [found[rank] for rank in range(world_size)]
+
+
+def _join_by_name(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """ZeRO 1 and 2: each rank has a slice of every group's vector, and tells which parameters are where in it."""
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for rank in ranks:
+        vectors = rank["single_partition_of_fp32_groups"]
+        for vector, fragments in zip(vectors, rank["param_slice_mappings"], strict=True):
+            for name, fragment in fragments.items():
+                parts[name].append(vector.narrow(0, fragment.start, fragment.numel))
+    return {name: torch.cat(parts[name]).view(shape) for group in groups for name, shape in group.items()}
+
+
+def _join_in_order(saved: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """ZeRO 3: each rank has an equal part of every parameter, the last one filled up, one after the other."""
+    vectors = [torch.cat(list(rank["fp32_flat_groups"])) for rank in ranks]
+    weights, start = {}, 0
+    for group in saved["param_shapes"]:
+        for name, shape in group.items():
+            size = -(-shape.numel() // len(ranks))
+            weights[name] = torch.cat([vector[start : start + size] for vector in vectors])[: shape.numel()].view(shape)
+            start += size
+    return weights
