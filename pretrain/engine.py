@@ -25,6 +25,7 @@ from pretrain.packing import MicroBatch
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 _LOSS_SCALE_AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's words
 _MINIMUM_LOSS_SCALE = 1.0
+_BF16_SINCE = (8, 0)  # CUDA capability: Ampere
 _STUCK_LOSS_SCALE = (
     "gradients overflow in fp16 even at the smallest loss scale: training diverged; try a lower learning rate, a "
     "longer warmup, or a ds_config with bf16"
@@ -118,7 +119,26 @@ def load_ds_config(name: str) -> dict[str, Any]:
 def _hardware_precision() -> str:
     if not torch.cuda.is_available():
         return "cpu"
-    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return "bf16" if torch.cuda.get_device_capability() >= _BF16_SINCE else "fp16"
+
+
+def check_precision(ds_config: dict[str, Any]) -> None:
+    """Refuse what the hardware lacks, or what it would only imitate slowly.
+
+    Raises:
+        UserError: naming the precision and the hardware.
+    """
+    dtype = autocast_dtype(ds_config)
+    if dtype == torch.bfloat16 and torch.cuda.is_available():
+        lacking = torch.cuda.get_device_capability() < _BF16_SINCE
+    elif dtype == torch.float16 and has_half_precision_weights(ds_config):
+        lacking = not deepspeed.get_accelerator().is_fp16_supported()
+    else:
+        return
+    if lacking:
+        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"ds_config asks for {name}, which {hardware} does not have: take ds_config auto")
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

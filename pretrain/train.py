@@ -23,6 +23,7 @@ from pretrain.engine import (
     PretrainEngine,
     Processes,
     autocast_dtype,
+    check_precision,
     has_half_precision_weights,
     load_ds_config,
     start_processes,
@@ -59,6 +60,8 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     ds_config = load_ds_config(config.ds_config)
+    check_precision(ds_config)
+    check_optimizer(config.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
     check_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
     if (output_dir / SUMMARY_FILE).exists():
         print(f"{output_dir} is complete: the model is in {output_dir / MODEL_FOLDER}")
@@ -67,7 +70,6 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     state = read_state(checkpoint) if checkpoint else None
     processes = start_processes()
     try:
-        check_optimizer(config.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
         setting = Setting(manifest.sha256, asdict(architecture), zero_stage(ds_config), processes.world_size)
         # What doesn't fit is refused before anything is written.
         if checkpoint and state:
