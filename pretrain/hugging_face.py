@@ -7,19 +7,23 @@ predicted: they are cut off on the way out, and on the way in they stay as a new
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     MegatronBertConfig,
     MegatronBertForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from common.errors import UserError
 from pretrain.architecture import Architecture
 from pretrain.model import MaskedLanguageModel
 
@@ -155,3 +159,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shows_progress:
             logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files are in ``folder``.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise UserError(f"the tokenizer in {folder} does not load ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, as part of a line of ours."""
+    return str(error).strip().split("\n", 1)[0]

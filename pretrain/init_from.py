@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
 from data_prep.shards import Manifest
@@ -18,8 +18,10 @@ from pretrain.hugging_face import (
     MODEL_CLASSES,
     architecture_of,
     check_parity,
+    first_line,
     from_hugging_face,
     hugging_face_names,
+    load_tokenizer,
     quiet_transformers,
 )
 from pretrain.model import MaskedLanguageModel
@@ -45,7 +47,7 @@ def resolve_from(name: str, manifest: Manifest, model_config: ModelConfig) -> Ar
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*_FILE_ERRORS, *_FORMAT_ERRORS) as error:
-        raise UserError(f"init_from {name}: its config.json does not load ({_first_line(error)})") from None
+        raise UserError(f"init_from {name}: its config.json does not load ({first_line(error)})") from None
     _check_kind(name, config)
     architecture = architecture_of(config)
     _check_agrees(name, architecture, model_config)
@@ -164,11 +166,7 @@ def _check_vocabulary(name: str, vocab_size: int, folder: Path, manifest: Manife
 
 def _tokens(folder: Path) -> dict[int, str]:
     """A tokenizer's tokens by their ids."""
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise UserError(f"the tokenizer in {folder} does not load ({_first_line(error)})") from None
-    return {number: token for token, number in vocabulary.items()}
+    return {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
 
 
 def _read(name: str, layer_norm: str) -> tuple[PreTrainedModel, set[str]]:
@@ -179,7 +177,7 @@ def _read(name: str, layer_norm: str) -> tuple[PreTrainedModel, set[str]]:
                 _find(name), dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )
     except (*_FILE_ERRORS, *_FORMAT_ERRORS) as error:
-        raise UserError(f"init_from {name}: its weights do not load ({_first_line(error)})") from None
+        raise UserError(f"init_from {name}: its weights do not load ({first_line(error)})") from None
     if info["mismatched_keys"]:
         key, stored, expected = min(info["mismatched_keys"])
         raise UserError(f"init_from {name}: {key} has shape {list(stored)}, config.json says {list(expected)}")
@@ -193,7 +191,3 @@ def _read(name: str, layer_norm: str) -> tuple[PreTrainedModel, set[str]]:
     if not torch.equal(weights[_DECODER], weights[_EMBEDDINGS]):
         raise UserError(f"init_from {name} has a decoder that is not tied to its embeddings, ours is")
     return reference, missing
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

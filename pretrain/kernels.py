@@ -4,15 +4,68 @@ from typing import Literal
 
 import torch
 
+from common.errors import UserError
 from pretrain.model import MaskedLanguageModel
 
-Kernels = Literal["auto", "eager", "compile"]
+Kernels = Literal["auto", "eager", "compile", "apex", "deepspeed"]
 
 
-def apply_kernels(model: MaskedLanguageModel, kernels: Kernels, device: torch.device) -> str:
-    """Have ``model`` run on ``kernels`` from now on; returns which ones these are."""
+def apply_kernels(
+    model: MaskedLanguageModel,
+    kernels: Kernels,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    sequences: int,
+    dropout_seed: int,
+) -> str:
+    """Have ``model`` run on ``kernels`` from now on; returns which ones these are.
+
+    Args:
+        model: on ``device``; keeps its parameters, their names and their order.
+        kernels: ``auto`` is ``compile`` on CUDA and ``eager`` on a CPU.
+        device: of this process.
+        autocast_dtype: of matrix products, None for that of the weights.
+        sequences: at most, in a micro-batch.
+        dropout_seed: of this process, for kernels that PyTorch does not seed.
+
+    Raises:
+        UserError: a package, a compiler or the hardware is missing, or the precision does not fit.
+    """
     if kernels == "auto":
         kernels = "compile" if device.type == "cuda" else "eager"
-    if kernels == "compile":
-        model.compile()
+    if kernels in ("apex", "deepspeed") and device.type != "cuda":
+        raise UserError(f"kernels {kernels} need an NVIDIA GPU, and this run has none: take kernels auto")
+    match kernels:
+        case "compile":
+            _check_compiler(device)
+            # Not model.compile(), which also traces the hooks that DeepSpeed hangs on the model. The whole model, not
+            # a layer at a time: residual, dropout and the next layer's LayerNorm become one kernel.
+            model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        case "apex":
+            _use_apex(model)
+        case "deepspeed":
+            from pretrain.kernels_deepspeed import use_deepspeed  # takes seconds, which only its users should spend
+
+            use_deepspeed(model, sequences, autocast_dtype, dropout_seed)
     return kernels
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something small, which finds out whether Triton, a C++ compiler and a GPU that they know are there."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[0]
+        raise UserError(f"kernels compile: torch.compile does not work here ({what}): take kernels eager") from error
+
+
+def _use_apex(model: MaskedLanguageModel) -> None:
+    try:
+        from pretrain.kernels_apex import use_apex
+
+        use_apex(model)
+    except ImportError as error:
+        raise UserError(
+            f"kernels apex need NVIDIA's apex, built with its CUDA extensions from github.com/NVIDIA/apex ({error}): "
+            "the package of that name on PyPI is an unrelated web toolkit; or take kernels auto"
+        ) from error

@@ -50,19 +50,32 @@ def read_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, to
     Raises:
         UserError: a file is missing, damaged or not DeepSpeed's.
     """
-    model_files = sorted(folder.glob("*_model_states.pt"))
-    if not model_files:
-        raise UserError(f"{folder} has no *_model_states.pt: the checkpoint is not whole")
+    saved, ranks = _open_files(folder, zero_stage, world_size)
     try:
-        saved = _load(model_files[0])
         if zero_stage == 0:
             weights = saved["module"]
+        elif zero_stage < 3:
+            weights = _join_by_name(saved["param_shapes"], ranks)
         else:
-            ranks = [_load(file)["optimizer_state_dict"] for file in _optimizer_files(folder, world_size)]
-            weights = _join_by_name(saved["param_shapes"], ranks) if zero_stage < 3 else _join_in_order(saved, ranks)
+            weights = _join_in_order(saved["param_shapes"], ranks)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"the files in {folder} are not as DeepSpeed writes them ({error!r})") from None
     return {name.replace(_COMPILED, ""): tensor.float() for name, tensor in weights.items()}
+
+
+def check_whole(folder: Path, zero_stage: int, world_size: int) -> None:
+    """Refuse a checkpoint that :func:`read_weights` would find incomplete, without reading it all."""
+    _open_files(folder, zero_stage, world_size)
+
+
+def _open_files(folder: Path, zero_stage: int, world_size: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the model's file holds, and from stage 1 on what each rank's optimizer does."""
+    model_files = sorted(folder.glob("*_model_states.pt"))
+    if not model_files:
+        raise UserError(f"{folder} has no *_model_states.pt: the checkpoint is not whole")
+    optimizer_files = _optimizer_files(folder, world_size) if zero_stage else []
+    saved, *ranks = (_load(file) for file in (model_files[0], *optimizer_files))
+    return saved, ranks
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -89,18 +102,19 @@ def _join_by_name(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any
     """ZeRO 1 and 2: each rank has a slice of every group's vector, and tells which parameters are where in it."""
     parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     for rank in ranks:
-        vectors = rank["single_partition_of_fp32_groups"]
-        for vector, fragments in zip(vectors, rank["param_slice_mappings"], strict=True):
+        state = rank["optimizer_state_dict"]
+        vectors = state["single_partition_of_fp32_groups"]
+        for vector, fragments in zip(vectors, state["param_slice_mappings"], strict=True):
             for name, fragment in fragments.items():
                 parts[name].append(vector.narrow(0, fragment.start, fragment.numel))
     return {name: torch.cat(parts[name]).view(shape) for group in groups for name, shape in group.items()}
 
 
-def _join_in_order(saved: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _join_in_order(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """ZeRO 3: each rank has an equal part of every parameter, the last one filled up, one after the other."""
-    vectors = [torch.cat(list(rank["fp32_flat_groups"])) for rank in ranks]
+    vectors = [torch.cat(list(rank["optimizer_state_dict"]["fp32_flat_groups"])) for rank in ranks]
     weights, start = {}, 0
-    for group in saved["param_shapes"]:
+    for group in groups:
         for name, shape in group.items():
             size = -(-shape.numel() // len(ranks))
             weights[name] = torch.cat([vector[start : start + size] for vector in vectors])[: shape.numel()].view(shape)
