@@ -1,17 +1,27 @@
-"""Checkpoints: DeepSpeed's files and our own state beside them, written aside, renamed, and only then pointed at."""
+"""Checkpoints: DeepSpeed's files and our own beside them, written aside, renamed, and only then pointed at.
+
+A checkpoint needs nothing outside itself to become a model folder: the tokenizer and the run's record are in it.
+"""
 
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.folders import read_json, write_json, write_text
-from pretrain.engine import PretrainEngine
+from common.folders import read_json, require_folder, write_json, write_text
+from data_prep.shards import TOKENIZER_FOLDER
+from pretrain.weight_files import check_whole
 
+if TYPE_CHECKING:  # what only reads a checkpoint does without DeepSpeed
+    from pretrain.engine import PretrainEngine
+
+_CHECKPOINTS_FOLDER = "checkpoints"
+RECORD_FILE = "pretraining.json"
 _LATEST_FILE = "latest"
 _STATE_FILE = "state.json"
 _WRITING = "writing"
+_NOT_OURS = "this is not a checkpoint of ours"
 
 
 @dataclass(frozen=True)
@@ -44,20 +54,31 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest ``keep`` of them."""
+    """The checkpoints of one run, the newest ``keep`` of them.
 
-    def __init__(self, folder: Path, keep: int, rank: int) -> None:
-        self._folder = folder
+    Args:
+        output_dir: the run's folder.
+        tokenizer_folder: the data's, which every checkpoint gets a copy of.
+        keep: how many stay.
+        rank: of this process.
+    """
+
+    def __init__(self, output_dir: Path, tokenizer_folder: Path, keep: int, rank: int) -> None:
+        self._output_dir = output_dir
+        self._folder = output_dir / _CHECKPOINTS_FOLDER
+        self._tokenizer_folder = tokenizer_folder
         self._keep = keep
         self._rank = rank
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
-        pointer = self._folder / _LATEST_FILE
-        return self._folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+        return latest_checkpoint(self._output_dir)
 
-    def save(self, engine: PretrainEngine, state: TrainState) -> None:
-        """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place."""
+    def save(self, engine: "PretrainEngine", state: TrainState, record: dict[str, Any]) -> None:
+        """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place.
+
+        ``record`` tells, as JSON, how the run has gone so far; the exported model gets it.
+        """
         name = f"step-{state.step:08d}"
         if self.latest() == self._folder / name:
             return
@@ -68,6 +89,8 @@ class Checkpoints:
         engine.save(self._folder, _WRITING)
         engine.barrier()
         if self._rank == 0:
+            copy_files(self._tokenizer_folder, self._folder / _WRITING / TOKENIZER_FOLDER)
+            write_json(self._folder / _WRITING / RECORD_FILE, record)
             write_json(self._folder / _WRITING / _STATE_FILE, asdict(state))
             for path in self._folder.glob("step-*"):
                 if path.name >= name:  # of a start that was killed before it could point there
@@ -77,10 +100,42 @@ class Checkpoints:
             self._remove_old()
         engine.barrier()
 
+    def update_record(self, record: dict[str, Any]) -> None:
+        """Put what has been learnt since into the newest checkpoint; rank 0 alone calls it."""
+        if newest := self.latest():
+            write_json(newest / RECORD_FILE, record)
+
     def _remove_old(self) -> None:
         newest_last = sorted(self._folder.glob("step-*"))
         for path in newest_last[: -self._keep]:
             shutil.rmtree(path)
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of the run in ``output_dir``, or None."""
+    folder = output_dir / _CHECKPOINTS_FOLDER
+    pointer = folder / _LATEST_FILE
+    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files of one folder into another, contents alone: what can't be written there can be written here."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """``folder`` if it is a checkpoint, or the newest one of a run's folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    require_folder(folder, "checkpoint")
+    newest = latest_checkpoint(folder)
+    if newest is None and not (folder / _STATE_FILE).exists():
+        raise UserError(f"{folder} is no checkpoint (it has no {_STATE_FILE}) and no run's folder that has one")
+    return newest or folder
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -89,20 +144,32 @@ def read_state(checkpoint: Path) -> TrainState:
     Raises:
         UserError: there is no checkpoint.
     """
-    advice = "this is not a checkpoint of ours"
-    content = read_json(checkpoint / _STATE_FILE, advice)
+    content = read_json(checkpoint / _STATE_FILE, _NOT_OURS)
     try:
         return TrainState(**{**content, "setting": Setting(**content["setting"])})
     except (TypeError, KeyError):
-        raise UserError(f"{checkpoint / _STATE_FILE}: {advice}") from None
+        raise UserError(f"{checkpoint / _STATE_FILE}: {_NOT_OURS}") from None
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """How the run had gone when the checkpoint was written.
+
+    Raises:
+        UserError: the record is missing or damaged.
+    """
+    record = read_json(checkpoint / RECORD_FILE, _NOT_OURS)
+    if not isinstance(record, dict):
+        raise UserError(f"{checkpoint / RECORD_FILE}: {_NOT_OURS}")
+    return record
 
 
 def check_resumable(checkpoint: Path, saved: Setting, now: Setting) -> None:
     """Refuse to go on from a checkpoint that was saved with another ``Setting``.
 
     Raises:
-        UserError: data, architecture or the way the optimizer's state is sharded differ.
+        UserError: data, architecture or the way the optimizer's state is sharded differ, or a file is damaged.
     """
+    check_whole(checkpoint, saved.zero_stage, saved.world_size)
     if saved.manifest_sha256 != now.manifest_sha256:
         raise UserError(
             f"{checkpoint} was trained on another data folder: give that --data_dir, or another --output_dir"
@@ -121,6 +188,6 @@ def check_resumable(checkpoint: Path, saved: Setting, now: Setting) -> None:
         )
 
 
-def load_weights(engine: PretrainEngine, checkpoint: Path) -> None:
+def load_weights(engine: "PretrainEngine", checkpoint: Path) -> None:
     """Put a checkpoint's weights and optimizer state into the engine; every rank calls it."""
     engine.load(checkpoint.parent, checkpoint.name)

@@ -17,6 +17,8 @@ class PretrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """the architecture"""
+    init_from: str | None = None
+    """a Hugging Face BERT or MegatronBert to go on from, folder or hub id: its sizes replace those of model"""
     time_budget: str | None = "24h"
     """wall-clock length of the run, like 90s, 30m, 24h or 3d; null with max_steps"""
     max_steps: int | None = None

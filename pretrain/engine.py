@@ -15,6 +15,8 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from common.errors import UserError
@@ -292,8 +294,8 @@ class PretrainEngine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read them again; every rank calls it."""
-        # A plain dataclass in DeepSpeed's ZeRO files, the only name in them that is not torch's own.
-        torch.serialization.add_safe_globals([fragment_address])
+        # Plain values in DeepSpeed's ZeRO files, the only names in them that are not torch's own.
+        torch.serialization.add_safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler])
         _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
         if self._loss_scaler and "loss_scaler" in ours:
             self._loss_scaler.load_state_dict(ours["loss_scaler"])

@@ -1,117 +1,80 @@
-"""A trained model as a Hugging Face folder that loads anywhere, without remote code.
+"""A checkpoint as a Hugging Face folder that loads anywhere, without remote code.
 
-Pre-LN is exactly ``megatron-bert``, post-LN ``bert``. The rows that pad the vocabulary are cut off, and the export ends
-with a comparison of logits.
+It needs the checkpoint alone: no GPU, no data folder, no DeepSpeed. An export ends with a comparison of logits between
+the trained model and what transformers loads from the folder.
 """
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from torch import nn
-from transformers import BertConfig, BertForMaskedLM, MegatronBertConfig, MegatronBertForMaskedLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForMaskedLM
 
-from common.folders import atomic_path, write_json
-from data_prep.shards import Manifest
+from common.errors import UserError
+from common.folders import atomic_path, write_json, write_text
+from data_prep.shards import TOKENIZER_FOLDER
 from pretrain.architecture import Architecture
+from pretrain.checkpoint import RECORD_FILE, Setting, copy_files, read_record, read_state
+from pretrain.hugging_face import check_parity, first_line, load_tokenizer, quiet_transformers, to_hugging_face
 from pretrain.model import MaskedLanguageModel
+from pretrain.model_card import CARD_FILE, model_card
+from pretrain.weight_files import read_weights
 
-PRETRAINING_FILE = "pretraining.json"
-_PARITY_TOLERANCE = 1e-4  # of the largest logit; float32 rounding is two orders smaller
+_CONFIG_FILE, _WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def export(model: MaskedLanguageModel, manifest: Manifest, folder: Path, pretraining: dict[str, Any]) -> None:
-    """Write a model folder, whole or not at all; ``pretraining`` (budget, losses, curves) goes into it as JSON.
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint to ``folder``, whole or not at all; an earlier export there is replaced.
 
     Raises:
+        UserError: the checkpoint is damaged or not ours, ``folder`` holds something else or can't be written.
         RuntimeError: the exported model's logits differ from the trained model's, which is a bug.
     """
-    trained = MaskedLanguageModel(model.architecture)
-    trained.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
-    exported = to_hugging_face(trained)
-    _check_parity(trained, exported)
-    transformers.utils.logging.disable_progress_bar()
-    with atomic_path(folder) as temporary:
-        exported.save_pretrained(temporary)
-        shutil.copytree(manifest.tokenizer_folder, temporary, dirs_exist_ok=True)
-        write_json(temporary / PRETRAINING_FILE, pretraining)
+    state, record = read_state(checkpoint), read_record(checkpoint)
+    tokenizer_folder = checkpoint / TOKENIZER_FOLDER
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise UserError(f"{checkpoint} has no {TOKENIZER_FOLDER}/tokenizer.json: the checkpoint is not whole")
+    mask_token = load_tokenizer(tokenizer_folder).mask_token
+    _check_replaceable(folder, {file.name for file in tokenizer_folder.iterdir()})
+    model = _trained_model(checkpoint, state.setting)
+    exported = to_hugging_face(model)
+    card = model_card(record, model.architecture, exported.num_parameters(), mask_token)
+    try:
+        with atomic_path(folder) as temporary, quiet_transformers():
+            exported.save_pretrained(temporary)
+            shutil.copymode(temporary / _CONFIG_FILE, temporary / _WEIGHTS_FILE)  # safetensors lets only its owner read
+            copy_files(tokenizer_folder, temporary)
+            write_json(temporary / RECORD_FILE, record)
+            write_text(temporary / CARD_FILE, card)
+            check_parity(model, AutoModelForMaskedLM.from_pretrained(temporary, dtype=torch.float32))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"can't write {folder} ({first_line(error)}): mend that and run the same command again"
+        ) from None
 
 
-def to_hugging_face(model: MaskedLanguageModel) -> PreTrainedModel:
-    """The same model as ``MegatronBertForMaskedLM`` or ``BertForMaskedLM``, in evaluation mode."""
-    architecture = model.architecture
-    pre_ln = architecture.layer_norm == "pre_ln"
-    config = hugging_face_config(architecture)
-    exported = (MegatronBertForMaskedLM if pre_ln else BertForMaskedLM)(config).to(model.head.bias.dtype)
-    exported.load_state_dict(_hugging_face_weights(model, "megatron-bert" if pre_ln else "bert"))
-    return exported.eval()
+def _check_replaceable(folder: Path, tokenizer_files: set[str]) -> None:
+    """Refuse to write over what is not an earlier export."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another folder")
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    ours = {_CONFIG_FILE, _WEIGHTS_FILE, RECORD_FILE, CARD_FILE, *tokenizer_files}
+    if foreign := sorted(present - ours):
+        raise UserError(f"{folder} holds {foreign[0]}, which is no part of an earlier export: give another folder")
+    if present and not {_CONFIG_FILE, _WEIGHTS_FILE, RECORD_FILE} <= present:
+        raise UserError(f"{folder} is not empty and not an earlier export: give another folder")
 
 
-def hugging_face_config(architecture: Architecture) -> BertConfig | MegatronBertConfig:
-    """The architecture in Hugging Face's words."""
-    config_class = MegatronBertConfig if architecture.layer_norm == "pre_ln" else BertConfig
-    same_names = (
-        "vocab_size num_hidden_layers hidden_size num_attention_heads intermediate_size hidden_dropout_prob "
-        "attention_probs_dropout_prob max_position_embeddings layer_norm_eps initializer_range pad_token_id "
-        "type_vocab_size"
-    )
-    return config_class(hidden_act="gelu", **{name: getattr(architecture, name) for name in same_names.split()})
-
-
-def _hugging_face_weights(model: MaskedLanguageModel, model_type: str) -> dict[str, torch.Tensor]:
-    vocab_size = model.architecture.vocab_size
-    word_embeddings = model.embeddings.word.weight[:vocab_size]
-    bias = model.head.bias[:vocab_size]
-    weights = {
-        "bert.embeddings.word_embeddings.weight": word_embeddings,
-        "bert.embeddings.position_embeddings.weight": model.embeddings.position.weight,
-        "bert.embeddings.token_type_embeddings.weight": model.embeddings.token_type.weight,
-        **_module("cls.predictions.transform.dense", model.head.dense),
-        **_module("cls.predictions.transform.LayerNorm", model.head.norm),
-        "cls.predictions.decoder.weight": word_embeddings,
-        "cls.predictions.decoder.bias": bias,
-        "cls.predictions.bias": bias,
-    }
-    if model_type == "megatron-bert":
-        weights.update(_module("bert.encoder.ln", model.final_norm))
-        attention_norm, output_norm = "attention.ln", "ln"
-    else:
-        weights.update(_module("bert.embeddings.LayerNorm", model.embeddings.norm))
-        attention_norm, output_norm = "attention.output.LayerNorm", "output.LayerNorm"
-    for index, layer in enumerate(model.layers):
-        prefix = f"bert.encoder.layer.{index}"
-        qkv = zip(layer.attention.qkv.weight.chunk(3), layer.attention.qkv.bias.chunk(3), strict=True)
-        for name, (weight, layer_bias) in zip(("query", "key", "value"), qkv, strict=True):
-            weights[f"{prefix}.attention.self.{name}.weight"] = weight
-            weights[f"{prefix}.attention.self.{name}.bias"] = layer_bias
-        weights.update(_module(f"{prefix}.attention.output.dense", layer.attention.output))
-        weights.update(_module(f"{prefix}.{attention_norm}", layer.attention_norm))
-        weights.update(_module(f"{prefix}.intermediate.dense", layer.intermediate))
-        weights.update(_module(f"{prefix}.output.dense", layer.output))
-        weights.update(_module(f"{prefix}.{output_norm}", layer.output_norm))
-    return {name: tensor.detach() for name, tensor in weights.items()}
-
-
-def _module(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
-
-
-@torch.no_grad()
-def _check_parity(trained: MaskedLanguageModel, exported: PreTrainedModel) -> None:
-    """Compare logits on random tokens, one row of them padded."""
-    architecture = trained.architecture
-    length = min(architecture.max_position_embeddings, 32)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(1, architecture.vocab_size, (2, length), generator=generator)
-    sequence_length = torch.tensor([length, length // 2])
-    real = torch.arange(length) < sequence_length[:, None]
-    input_ids[~real] = architecture.pad_token_id
-    trained.eval()
-    hidden = trained.encode(input_ids, sequence_length)
-    ours = trained.predict(hidden, real.flatten().nonzero().squeeze(1))[:, : architecture.vocab_size]
-    theirs = exported(input_ids=input_ids, attention_mask=real.long()).logits[real]
-    difference = (ours - theirs).abs().max() / ours.abs().max().clamp_min(1.0)
-    if not difference < _PARITY_TOLERANCE:
-        raise RuntimeError(f"the exported model's logits differ from the trained model's by {difference:.1e}")
+def _trained_model(checkpoint: Path, setting: Setting) -> MaskedLanguageModel:
+    """The model of a checkpoint, on the CPU in float32 and in evaluation mode."""
+    weights = read_weights(checkpoint, setting.zero_stage, setting.world_size)
+    try:
+        model = MaskedLanguageModel(Architecture(**setting.architecture))
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{checkpoint}: its weights are not those of its architecture ({reason})") from None
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"{checkpoint} holds weights that are not finite numbers: its training had diverged")
+    return model.eval()

@@ -17,7 +17,15 @@ from pretrain.architecture import Architecture, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation_batches
 from pretrain.budget import Budget, Decision, Director
-from pretrain.checkpoint import Checkpoints, Setting, TrainState, check_resumable, load_weights, read_state
+from pretrain.checkpoint import (
+    Checkpoints,
+    Setting,
+    TrainState,
+    check_resumable,
+    latest_checkpoint,
+    load_weights,
+    read_state,
+)
 from pretrain.config import PretrainConfig
 from pretrain.engine import (
     PretrainEngine,
@@ -32,10 +40,12 @@ from pretrain.engine import (
 )
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
+from pretrain.init_from import load_pretrained, resolve_from
 from pretrain.kernels import apply_kernels
 from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
 from pretrain.micro_batch import MicroBatchTrials, largest_that_fits
 from pretrain.model import MaskedLanguageModel
+from pretrain.model_card import data_facts, software_facts
 from pretrain.optimizer import build_optimizer, check_optimizer
 from pretrain.schedule import lr_multiplier
 
@@ -55,10 +65,6 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     manifest = read_manifest(data_dir)
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
-    try:
-        architecture = resolve(config.model, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
     ds_config = load_ds_config(config.ds_config)
     check_precision(ds_config)
     check_optimizer(config.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
@@ -68,6 +74,7 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
         return
     checkpoint = _find_checkpoint(config, output_dir)
     state = read_state(checkpoint) if checkpoint else None
+    architecture = _architecture(config, manifest, state)
     processes = start_processes()
     try:
         setting = Setting(manifest.sha256, asdict(architecture), zero_stage(ds_config), processes.world_size)
@@ -95,16 +102,24 @@ def _claimed(output_dir: Path, config: PretrainConfig, rank: int) -> Iterator[No
         yield
 
 
+def _architecture(config: PretrainConfig, manifest: Manifest, state: TrainState | None) -> Architecture:
+    """What is configured, or that of the model to start from; a run that goes on does without that model."""
+    if config.init_from:
+        if state:
+            return Architecture(**state.setting.architecture)
+        return resolve_from(config.init_from, manifest, config.model)
+    try:
+        return resolve(config.model, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+
+
 def _find_checkpoint(config: PretrainConfig, output_dir: Path) -> Path | None:
     """The checkpoint to go on from; None for a fresh start."""
-    own = _checkpoints(config, output_dir, rank=0).latest()
+    own = latest_checkpoint(output_dir)
     if own and config.resume == "never":
         raise UserError(f"{output_dir} has checkpoints and resume is 'never': give another --output_dir")
     return own or (None if config.resume in ("auto", "never") else Path(config.resume))
-
-
-def _checkpoints(config: PretrainConfig, output_dir: Path, rank: int) -> Checkpoints:
-    return Checkpoints(output_dir / "checkpoints", config.checkpoints_kept, rank)
 
 
 class Pretrainer:
@@ -138,7 +153,8 @@ class Pretrainer:
         for cadence in (validation, saving):
             cadence.skip_to(self._budget.progress(self._step))
         self._director = Director(self._budget, validation, saving, processes.cpu_group)
-        self._checkpoints = _checkpoints(config, output_dir, processes.rank)
+        self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
+        self._facts = {"data": data_facts(manifest), "software": software_facts()}
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
@@ -167,7 +183,10 @@ class Pretrainer:
     def _prepare_model(self, checkpoint: Path | None) -> None:
         config, processes = self._config, self._processes
         torch.manual_seed(config.seed)
-        model = MaskedLanguageModel(self._architecture).to(processes.device)
+        model = MaskedLanguageModel(self._architecture)
+        if config.init_from and not checkpoint:
+            self._metrics.say(load_pretrained(model, config.init_from))
+        model.to(processes.device)
         trials = MicroBatchTrials(
             model, self._manifest, config.train_batch_size, processes.world_size, autocast_dtype(self._ds_config)
         )
@@ -311,7 +330,7 @@ class Pretrainer:
         self._log()  # stops a run that has diverged before its weights replace good ones
         if not self._engine.has_finite_weights():
             raise self._divergence(f"weights are not finite after step {self._step}")
-        self._checkpoints.save(self._engine, self._current_state())
+        self._checkpoints.save(self._engine, self._current_state(), self._record() if self._processes.rank == 0 else {})
         self._metrics.write("checkpoint", self._step, self._budget.elapsed())
 
     def _current_state(self) -> TrainState:
@@ -324,6 +343,37 @@ class Pretrainer:
             setting=self._setting,
         )
 
+    def _figures(self) -> dict[str, Any]:
+        """How far the run has come, in numbers."""
+        return {
+            "elapsed_seconds": round(self._budget.elapsed(), 3),
+            "time_budget_seconds": self._config.budget_seconds,
+            "max_steps": self._config.max_steps,
+            "steps": self._step,
+            "skipped_steps": self._skipped_steps,
+            "sequences": self._sequences_seen,
+            "epochs": round(self._batches.epochs(self._sequences_seen), 4),
+            "lost_seconds": round(lost_seconds(self._output_dir), 3),
+            "train_batch_size": self._plan.train_batch_size,
+            "micro_batch_size": self._plan.micro_batch_size,
+            "hardware": self._processes.hardware,
+            "manifest_sha256": self._manifest.sha256,
+        }
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint tells of the run so far; the exported model gets it."""
+        config, dtype = self._config, autocast_dtype(self._ds_config) or torch.float32
+        training = {
+            "init_from": config.init_from and "/".join(Path(config.init_from).parts[-2:]),
+            "optimizer": asdict(config.optimizer),
+            "warmup_proportion": config.warmup_proportion,
+            "gradient_clipping": config.gradient_clipping,
+            "dropout": config.model.hidden_dropout_prob,
+            "precision": str(dtype).removeprefix("torch."),
+            "seed": config.seed,
+        }
+        return {**self._figures(), "training": training, **self._facts, **curves(read_metrics(self._output_dir))}
+
     def _close(self) -> None:
         """What follows the last step and is not counted: checkpoint, validation, export, summary."""
         started = time.perf_counter()
@@ -333,24 +383,13 @@ class Pretrainer:
         self._save()
         validation_loss = self._validate()
         summary = {
-            "elapsed_seconds": round(elapsed, 3),
-            "time_budget_seconds": self._config.budget_seconds,
-            "max_steps": self._config.max_steps,
+            **self._figures(),
             "stopped_by": "max_steps" if self._config.max_steps else "time_budget",
-            "steps": self._step,
-            "skipped_steps": self._skipped_steps,
-            "sequences": self._sequences_seen,
-            "epochs": round(self._batches.epochs(self._sequences_seen), 4),
             "validation_loss": validation_loss,
-            "lost_seconds": round(lost_seconds(self._output_dir), 3),
-            "train_batch_size": self._plan.train_batch_size,
-            "micro_batch_size": self._plan.micro_batch_size,
-            "hardware": self._processes.hardware,
-            "manifest_sha256": self._manifest.sha256,
         }
         if self._processes.rank == 0:
-            pretraining = {**summary, **curves(read_metrics(self._output_dir))}
-            export(self._engine.model, self._manifest, self._output_dir / MODEL_FOLDER, pretraining)
+            self._checkpoints.update_record({**summary, **self._record()})
+            export(latest_checkpoint(self._output_dir), self._output_dir / MODEL_FOLDER)
             summary["closing_seconds"] = round(time.perf_counter() - started, 3)
             write_json(self._output_dir / SUMMARY_FILE, summary)
             self._metrics.say(

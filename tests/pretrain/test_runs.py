@@ -156,7 +156,7 @@ def test_the_export_loads_in_transformers_and_fills_masks(budgeted) -> None:
         "The old sailor saw a heron by the [MASK]."
     )
     assert len(filled) == 5
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".txt"}, "no pickled file"
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".txt", ".md"}, "no pickled file"
 
 
 def test_a_finished_run_is_left_alone(budgeted, config, data_dir) -> None:
