@@ -11,7 +11,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
 
-.PHONY: setup demo real test test-slow lint bench-data clean
+.PHONY: setup demo real test test-slow lint bench-data bench-step bench-gpu clean
 
 setup: .venv/ready
 
@@ -61,6 +61,13 @@ lint: setup
 # Data preparation against its limits; DATA as above. Give it an idle machine.
 bench-data: setup
 	$(BIN)/python benchmarks/data_prep.py --data $(DATA)
+
+# The training step against Hugging Face's on a CPU; and everything that only a GPU can show.
+bench-step: setup
+	$(BIN)/python benchmarks/pretrain_step.py --data $(DATA)
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py --record
 
 # The runs are yours: `make clean` leaves them.
 clean:

@@ -6,7 +6,8 @@
 from pathlib import Path
 
 from common.cli import config_parser, parse, run, take_config
-from pretrain.train import PretrainConfig, pretrain
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ class Setting:
     """The data that the position refers to."""
     architecture: dict[str, Any]
     """All numbers of the model."""
+    optimizer: str
+    """Whose state goes on."""
     zero_stage: int
     """DeepSpeed's: stage 0 checkpoints load on any number of processes, sharded ones on the same number only."""
     world_size: int
@@ -45,6 +47,8 @@ class TrainState:
     """Optimizer steps done."""
     sequences_seen: int
     """Training rows consumed, which is the position in the data."""
+    skipped_steps: int
+    """Without an update, because fp16 gradients overflowed; their rows are consumed."""
     elapsed_seconds: float
     """Budget spent."""
     micro_batch_size: int
@@ -177,6 +181,8 @@ def check_resumable(checkpoint: Path, saved: Setting, now: Setting) -> None:
     if saved.architecture != now.architecture:
         different = [name for name, value in now.architecture.items() if saved.architecture.get(name) != value]
         raise UserError(f"{checkpoint} is of another architecture: {', '.join(different)} differ")
+    if saved.optimizer != now.optimizer:
+        raise UserError(f"{checkpoint} holds the state of optimizer {saved.optimizer}: {now.optimizer} can't go on")
     if saved.zero_stage != now.zero_stage:
         raise UserError(
             f"{checkpoint} was saved at ZeRO stage {saved.zero_stage}, ds_config has stage {now.zero_stage}"

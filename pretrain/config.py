@@ -63,6 +63,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.init_from and self.resume not in ("auto", "never"):
+            raise ValueError("resume goes on from a checkpoint and init_from from a model: give one of them")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.schedule_scale < 1:

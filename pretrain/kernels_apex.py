@@ -1,6 +1,6 @@
 """NVIDIA apex's LayerNorm and dense kernels in place of PyTorch's. Experimental: never run on real hardware.
 
-``FusedDenseGeluDense`` stays unused: its GELU is the tanh approximation, the model's and every exported model's is exact.
+``FusedDenseGeluDense`` stays unused: its GELU is the tanh approximation, that of the model and of its export is exact.
 """
 
 import torch
@@ -20,13 +20,10 @@ class _LayerNorm(FusedLayerNorm):
 
 
 class _Dense(FusedDense):
-    """For any number of dimensions; apex's kernels read two, forward and backward, and without regard to strides."""
+    """For any number of dimensions; apex's kernels know two."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output = super().forward(hidden.flatten(0, -2).contiguous())
-        if output.requires_grad:
-            output.register_hook(torch.Tensor.contiguous)
-        return output.unflatten(0, hidden.shape[:-1])
+        return super().forward(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
 def use_apex(model: MaskedLanguageModel) -> None:

@@ -76,7 +76,7 @@ def _use_kernel(layer: Layer, kernel: nn.Module, dtype: torch.dtype) -> None:
     def forward(hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
         kernel.train(layer.training)
         weights = {name: parameter.to(dtype) for name, parameter in _weights(layer).items()}
-        rows = layout.to_rows(hidden.to(dtype)).contiguous()
+        rows = layout.to_rows(hidden.to(dtype))
         mask = torch.where(layout.attention_mask, 0.0, _MASKED).to(dtype)
         return layout.from_rows(functional_call(kernel, weights, (rows, mask), strict=True))
 

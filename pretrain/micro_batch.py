@@ -117,7 +117,8 @@ class MicroBatchTrials:
 
 def largest_that_fits(trials: MicroBatchTrials, below: int) -> int | None:
     """The largest size under ``below`` that a pass has memory for; None where not even the smallest fits."""
-    for size in reversed(trials.sizes()):
-        if size < below and trials.seconds_of_a_pass(size) is not None:
-            return size
+    with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
+        for size in reversed(trials.sizes()):
+            if size < below and trials.seconds_of_a_pass(size) is not None:
+                return size
     return None

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "data_prep", "pretrain", "finetune")
 LIBRARY_OWNERS = {
-    "deepspeed": {"pretrain/engine.py", "pretrain/muon.py"},
+    "deepspeed": {"pretrain/engine.py", "pretrain/muon.py", "pretrain/kernels_deepspeed.py"},
     "h5py": {"data_prep/shards.py"},
     "optuna": {"finetune/study.py"},
 }

@@ -211,6 +211,15 @@ def pretrain_arguments(data_dir: Path, output: Path, *more: str) -> list[str]:
         (["--warmup_proportion", "6"], "warmup_proportion"),
         (["--ds_config", "nowhere.json"], "nowhere.json"),
         (["--resume", "nowhere"], "nowhere"),
+        (["--init_from", "configs"], "no config.json"),
+        (["--init_from", "configs", "--resume", "nowhere"], "give one of them"),
+        (["--optimizer.name", "lion"], "optimizer.name"),
+        (
+            ["--optimizer.name", "lamb", "--ds_config", "ds_configs/bf16_zero1.json"],
+            "optimizer lamb needs whole float32",
+        ),
+        (["--kernels", "apex"], "kernels apex need an NVIDIA GPU"),
+        (["--kernels", "deepspeed"], "kernels deepspeed need an NVIDIA GPU"),
         (["--train_batch_size", "100", "--micro_batch_size", "8"], "train_batch_size 100 is not divisible"),
     ],
 )

@@ -9,8 +9,8 @@ import yaml
 from common.cli import config_parser, parse, take_config
 from data_prep.config import DataConfig
 from finetune.grid import GridConfig
+from pretrain.config import PretrainConfig
 from pretrain.engine import load_ds_config
-from pretrain.train import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIG_CLASSES = {"data": DataConfig, "pretrain": PretrainConfig, "glue": GridConfig}

@@ -19,7 +19,7 @@ from pretrain.checkpoint import (
     read_state,
 )
 
-SETTING = Setting("the data", {"hidden_size": 2}, zero_stage=0, world_size=2)
+SETTING = Setting("the data", {"hidden_size": 2}, "adamw", zero_stage=0, world_size=2)
 
 
 class FilesOnly:
@@ -44,7 +44,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:
-    checkpoints.save(FilesOnly(), TrainState(step, 8 * step, 1.5, 4, 0.1, SETTING), {"steps": step})
+    checkpoints.save(FilesOnly(), TrainState(step, 8 * step, 0, 1.5, 4, 0.1, SETTING), {"steps": step})
     newest = checkpoints.latest()
     assert newest is not None
     return newest
@@ -53,7 +53,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
 def test_state_record_and_tokenizer_come_back(checkpoints, tmp_path) -> None:
     checkpoint = save(checkpoints, 3)
     assert latest_checkpoint(tmp_path / "run") == checkpoint
-    assert read_state(checkpoint) == TrainState(3, 24, 1.5, 4, 0.1, SETTING)
+    assert read_state(checkpoint) == TrainState(3, 24, 0, 1.5, 4, 0.1, SETTING)
     assert read_record(checkpoint) == {"steps": 3}
     copy = checkpoint / "tokenizer" / "tokenizer.json"
     assert copy.read_text() == "{}"
@@ -76,7 +76,7 @@ def test_a_save_that_was_killed_leaves_the_one_before(checkpoints, tmp_path) -> 
 
     first = save(checkpoints, 1)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(Killed(), TrainState(2, 16, 3.0, 4, 0.1, SETTING), {})
+        checkpoints.save(Killed(), TrainState(2, 16, 0, 3.0, 4, 0.1, SETTING), {})
     assert checkpoints.latest() == first
     assert read_state(first).step == 1
     assert read_state(save(checkpoints, 3)).step == 3
@@ -88,6 +88,7 @@ def test_a_save_that_was_killed_leaves_the_one_before(checkpoints, tmp_path) -> 
     [
         ({"manifest_sha256": "other data"}, "another data folder"),
         ({"architecture": {"hidden_size": 4}}, "hidden_size differ"),
+        ({"optimizer": "lamb"}, "state of optimizer adamw: lamb can.t go on"),
         ({"zero_stage": 1}, "saved at ZeRO stage 0, ds_config has stage 1"),
     ],
 )

@@ -75,8 +75,8 @@ def record_of(manifest: Manifest) -> dict[str, Any]:
 def save_checkpoint(
     output_dir: Path, manifest: Manifest, weights: dict[str, torch.Tensor], architecture: Architecture, step: int = 5
 ) -> Path:
-    setting = Setting(manifest.sha256, asdict(architecture), zero_stage=0, world_size=1)
-    state = TrainState(step, 40, 7199.5, 4, 0.1, setting)
+    setting = Setting(manifest.sha256, asdict(architecture), "adamw", zero_stage=0, world_size=1)
+    state = TrainState(step, 40, 0, 7199.5, 4, 0.1, setting)
     checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, keep=2, rank=0)
     checkpoints.save(FilesOnly(weights), state, record_of(manifest))
     newest = checkpoints.latest()
