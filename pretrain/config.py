@@ -46,7 +46,8 @@ class PretrainConfig:
     log_interval: int = 10
     """steps between lines of metrics.jsonl"""
     kernels: Kernels = "auto"
-    """how the model's operations run; auto: compile on CUDA, eager on CPU"""
+    """how the model's operations run; auto: compile on CUDA, eager on CPU; apex and deepspeed are experimental and have
+    never run on real hardware"""
     ds_config: str = "auto"
     """DeepSpeed JSON (precision, ZeRO, communication); auto: bf16, fp16 or cpu by the hardware"""
     resume: str = "auto"

@@ -10,6 +10,18 @@ from pretrain.model import MaskedLanguageModel
 Kernels = Literal["auto", "eager", "compile", "apex", "deepspeed"]
 
 
+def check_kernels(kernels: Kernels, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    """Refuse what can be seen to be impossible before anything starts.
+
+    Raises:
+        UserError: the hardware is missing, or the precision does not fit.
+    """
+    if kernels in ("apex", "deepspeed") and device.type != "cuda":
+        raise UserError(f"kernels {kernels} need an NVIDIA GPU, and this run has none: take kernels auto")
+    if kernels == "deepspeed" and autocast_dtype == torch.bfloat16:
+        raise UserError("kernels deepspeed know fp16 and fp32 only, and ds_config has bf16: take ds_configs/fp16.json")
+
+
 def apply_kernels(
     model: MaskedLanguageModel,
     kernels: Kernels,
@@ -29,12 +41,10 @@ def apply_kernels(
         dropout_seed: of this process, for kernels that PyTorch does not seed.
 
     Raises:
-        UserError: a package, a compiler or the hardware is missing, or the precision does not fit.
+        UserError: a package or a compiler is missing.
     """
     if kernels == "auto":
         kernels = "compile" if device.type == "cuda" else "eager"
-    if kernels in ("apex", "deepspeed") and device.type != "cuda":
-        raise UserError(f"kernels {kernels} need an NVIDIA GPU, and this run has none: take kernels auto")
     match kernels:
         case "compile":
             _check_compiler(device)

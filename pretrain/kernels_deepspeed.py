@@ -32,10 +32,8 @@ def use_deepspeed(
         dropout_seed: of this process.
 
     Raises:
-        UserError: the kernel does not know the precision, or can't be built.
+        UserError: the kernel can't be built.
     """
-    if autocast_dtype == torch.bfloat16:
-        raise UserError("kernels deepspeed know fp16 and fp32 only, and ds_config has bf16: take ds_configs/fp16.json")
     _build()
     dtype = autocast_dtype or model.head.bias.dtype
     settings = _settings(model.architecture) | {

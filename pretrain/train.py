@@ -13,6 +13,7 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Setting, TrainState, check_resumable, latest_checkpoint, read_state
 from pretrain.config import PretrainConfig
 from pretrain.engine import (
+    autocast_dtype,
     check_precision,
     has_half_precision_weights,
     load_ds_config,
@@ -21,6 +22,7 @@ from pretrain.engine import (
     zero_stage,
 )
 from pretrain.init_from import resolve_from
+from pretrain.kernels import check_kernels
 from pretrain.optimizer import check_optimizer
 from pretrain.pretrainer import MODEL_FOLDER, SUMMARY_FILE, Pretrainer
 
@@ -52,6 +54,7 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
             manifest.sha256, asdict(architecture), config.optimizer.name, zero_stage(ds_config), processes.world_size
         )
         # What doesn't fit is refused before anything is written.
+        check_kernels(config.kernels, processes.device, autocast_dtype(ds_config))
         if checkpoint and state:
             check_resumable(checkpoint, state.setting, setting)
         smallest = 1 if config.micro_batch_size == "auto" else config.micro_batch_size

@@ -23,7 +23,7 @@ from common.errors import UserError
 from data_prep.shards import Rows
 from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import MicroBatchShape
-from pretrain.kernels import apply_kernels
+from pretrain.kernels import apply_kernels, check_kernels
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch, pack
 
@@ -98,9 +98,6 @@ def assert_same_training(
     assert all(torch.equal(state[name], expected_state[name]) for name in state)
 
 
-# --- compile ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def without_code_generation(monkeypatch) -> Iterator[None]:
     """Traced, differentiated and guarded as ever, but run by PyTorch's own kernels: quick to start."""
@@ -164,10 +161,7 @@ def test_auto_compiles_on_cuda_alone(device, expected, monkeypatch) -> None:
 @pytest.mark.parametrize("kernels", ["apex", "deepspeed"])
 def test_kernels_of_a_gpu_are_refused_without_one(kernels) -> None:
     with pytest.raises(UserError, match=f"kernels {kernels} need an NVIDIA GPU"):
-        apply_kernels(build_model(), kernels, CPU, None, 4, 0)
-
-
-# --- apex ------------------------------------------------------------------------------------------------------------
+        check_kernels(kernels, CPU, None)
 
 
 def as_apex_casts(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -289,9 +283,7 @@ def test_another_apex_or_one_without_cuda_is_one_line(contents, install_apex) ->
         apply_kernels(build_model(), "apex", GPU, torch.bfloat16, 4, 0)
 
 
-# --- DeepSpeed's transformer kernel ----------------------------------------------------------------------------------
-
-FLAGS = {"attn_dropout_checkpoint": False, "normalize_invertible": False, "gelu_checkpoint": False}
+SETTINGS = "batch hidden heads intermediate attention_dropout hidden_dropout eps seed pre_ln".split()
 
 
 class DoubleOfTransformerOp:
@@ -306,31 +298,10 @@ class DoubleOfTransformerOp:
     def load(self) -> "DoubleOfTransformerOp":
         return self
 
-    def _create(
-        self,
-        dtype,
-        layer_id,
-        batch,
-        hidden,
-        heads,
-        intermediate,
-        attn_dropout,
-        hidden_dropout,
-        eps,
-        seed,
-        pre_ln,
-        *flags,
-    ):
+    def _create(self, dtype, layer_id, *settings_and_flags):
+        settings, flags = settings_and_flags[:9], settings_and_flags[9:]
         assert flags == (False,) * 5
-        self.created[layer_id] = SimpleNamespace(
-            dtype=dtype,
-            batch=batch,
-            heads=heads,
-            eps=eps,
-            seed=seed,
-            dropouts=(attn_dropout, hidden_dropout),
-            pre_ln=pre_ln,
-        )
+        self.created[layer_id] = SimpleNamespace(dtype=dtype, **dict(zip(SETTINGS, settings, strict=True)))
 
     def _forward(self, layer_id, hidden, mask, *weights_and_flags):
         weights, (self.training, pre_ln, *checkpoints) = weights_and_flags[:12], weights_and_flags[12:]
@@ -397,17 +368,8 @@ def test_deepspeeds_kernel_has_the_plain_layers_loss_and_gradients(layer_norm, l
 def test_deepspeeds_kernel_is_told_the_models_settings_and_mode(op) -> None:
     model = build_model(dropout=0.1).double()
     apply_kernels(model, "deepspeed", GPU, None, sequences=4, dropout_seed=2**32 - 1)
-    assert [vars(created) for created in op.created.values()] == 2 * [
-        {
-            "dtype": torch.float32,
-            "batch": 4,
-            "heads": 4,
-            "eps": 1e-12,
-            "seed": 2**31 - 1,
-            "dropouts": (0.1, 0.1),
-            "pre_ln": True,
-        }
-    ]
+    settings = dict(zip(SETTINGS, (4, 32, 4, 128, 0.1, 0.1, 1e-12, 2**31 - 1, True), strict=True))
+    assert [vars(created) for created in op.created.values()] == 2 * [{"dtype": torch.float32, **settings}]
     inputs = micro_batch(SHAPES["packed"]).model_inputs(CPU)
     model(*inputs)
     assert op.training
@@ -425,7 +387,7 @@ def test_deepspeeds_kernel_gets_fp16_copies_of_fp32_weights(op) -> None:
 
 def test_deepspeeds_kernel_refuses_bf16() -> None:
     with pytest.raises(UserError, match="fp16 and fp32 only, and ds_config has bf16"):
-        apply_kernels(build_model(), "deepspeed", GPU, torch.bfloat16, 4, 0)
+        check_kernels("deepspeed", GPU, torch.bfloat16)
 
 
 def test_a_kernel_of_deepspeed_that_cant_be_built_is_one_line(monkeypatch) -> None:
@@ -433,7 +395,5 @@ def test_a_kernel_of_deepspeed_that_cant_be_built_is_one_line(monkeypatch) -> No
         raise RuntimeError("Error building extension 'transformer'\nnvcc: not found")
 
     monkeypatch.setattr(transformer, "TransformerBuilder", lambda: SimpleNamespace(load=fail))
-    with pytest.raises(
-        UserError, match=r"can't be built here \(Error building extension 'transformer'\): take kernels"
-    ):
+    with pytest.raises(UserError, match=r"can't be built here \(Error building extension 'transformer'\): take"):
         apply_kernels(build_model(), "deepspeed", GPU, None, 4, 0)
