@@ -1,14 +1,10 @@
 """A pretrained encoder in a Hugging Face folder, and the classifiers that trials start from."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -17,15 +13,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from common.errors import UserError
 from common.folders import sha256_of_file
+from common.hub import model_folder, quiet_transformers, weight_files
 from finetune.tasks import Task
 
 Initialization = Literal["pretrained", "random"]
 
-_WEIGHT_PATTERNS: Final = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -35,31 +30,14 @@ def find_model(model: str) -> Path:
     Raises:
         UserError: configuration, weights or tokenizer are missing, or the hub cannot be reached.
     """
-    folder = Path(model) if Path(model).is_dir() else _download(model)
+    folder = model_folder(model, "--model")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: --model takes a Hugging Face folder, such as R/hf")
-    if not _weight_files(folder):
+    if not weight_files(folder):
         raise UserError(f"{folder} has no weights (model.safetensors): the export is not complete")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER_FILES[:2])}): put the model's own there")
     return folder
-
-
-def _download(model: str) -> Path:
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.model", _WEIGHT_PATTERNS[0]]))
-        if not _weight_files(folder):
-            folder = Path(snapshot_download(model, allow_patterns=[_WEIGHT_PATTERNS[1]]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        raise UserError(
-            f"--model {model} is neither a folder here nor a model that the Hugging Face hub gives us"
-        ) from None
-    return folder
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files, or where there are none the PyTorch ones."""
-    return next((files for pattern in _WEIGHT_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -92,7 +70,7 @@ def check_model(folder: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length
 def model_fingerprint(folder: Path) -> dict[str, str]:
     """SHA-256 of what a trial takes from the folder: weights, configuration, tokenizer."""
     files = {
-        "model weights": _weight_files(folder),
+        "model weights": weight_files(folder),
         "model configuration": [folder / "config.json"],
         "tokenizer": [path for name in _TOKENIZER_FILES if (path := folder / name).is_file()],
     }
@@ -124,20 +102,6 @@ class Encoder:
         return classifier.float()
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its warning that the head is new, which is what we want, and a progress bar per worker."""
-    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
-
-
 def _read_pretrained_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What the folder holds of a classifier: everything but the head.
 
@@ -146,7 +110,7 @@ def _read_pretrained_weights(folder: Path) -> dict[str, torch.Tensor]:
             pretrained.
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"the model in {folder} does not load: {str(error).splitlines()[0]}") from None

@@ -11,7 +11,7 @@ _WORTH_PACKING = (
     0.97  # of the slots that rows of their own take; above, taking sequences apart costs more than it saves
 )
 _SAMPLED_STEPS = 64
-_SAMPLED_ROWS = 65536  # at least, where the data has them
+_SAMPLED_ROWS = 2**18  # at least, where the data has them
 _SLOTS_MULTIPLE = 16
 _PREDICTIONS_MULTIPLE = 8
 

@@ -13,10 +13,11 @@ from transformers import AutoModelForMaskedLM
 
 from common.errors import UserError
 from common.folders import atomic_path, write_json, write_text
+from common.hub import quiet_transformers
 from data_prep.shards import TOKENIZER_FOLDER
 from pretrain.architecture import Architecture
 from pretrain.checkpoint import RECORD_FILE, Setting, copy_files, read_record, read_state
-from pretrain.hugging_face import check_parity, first_line, load_tokenizer, quiet_transformers, to_hugging_face
+from pretrain.hugging_face import check_parity, first_line, load_tokenizer, to_hugging_face
 from pretrain.model import MaskedLanguageModel
 from pretrain.model_card import CARD_FILE, model_card
 from pretrain.weight_files import read_weights

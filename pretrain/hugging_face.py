@@ -4,9 +4,7 @@ Pre-LN is exactly ``megatron-bert``, post-LN ``bert``. Inside, the vocabulary is
 predicted: they are cut off on the way out, and on the way in they stay as a new model has them.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from common.errors import UserError
 from pretrain.architecture import Architecture
@@ -145,20 +142,6 @@ def check_parity(model: MaskedLanguageModel, reference: PreTrainedModel) -> None
     difference = (ours - theirs).abs().max() / ours.abs().max().clamp_min(1.0)
     if not difference < _PARITY_TOLERANCE:
         raise RuntimeError(f"our logits differ from those of {type(reference).__name__} by {difference:.1e}")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and its tables of unused and missing weights: what matters of them, we tell."""
-    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

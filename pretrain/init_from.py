@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
+from common.hub import model_folder, quiet_transformers, weight_files
 from data_prep.shards import Manifest
 from pretrain.architecture import PRESETS, Architecture, ModelConfig
 from pretrain.hugging_face import (
@@ -22,11 +22,9 @@ from pretrain.hugging_face import (
     from_hugging_face,
     hugging_face_names,
     load_tokenizer,
-    quiet_transformers,
 )
 from pretrain.model import MaskedLanguageModel
 
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # without any, transformers would make up an empty tokenizer
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DECODER, _EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
@@ -83,23 +81,12 @@ def load_pretrained(model: MaskedLanguageModel, name: str) -> str:
 
 def _find(name: str) -> Path:
     """The folder of a model: its own, or where the hub's files are kept."""
-    folder = Path(name) if Path(name).is_dir() else _download(name)
+    folder = model_folder(name, "init_from")
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from {name} has no config.json: give a Hugging Face folder or a hub id")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+    if not weight_files(folder):
         raise UserError(f"init_from {name} has no weights (model.safetensors or pytorch_model.bin)")
     return folder
-
-
-def _download(name: str) -> Path:
-    safe, pickled = _WEIGHT_FILES
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", safe]))
-        return folder if any(folder.glob(safe)) else Path(snapshot_download(name, allow_patterns=[pickled]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        raise UserError(
-            f"init_from {name} is neither a folder here nor a model that the Hugging Face hub gives us"
-        ) from None
 
 
 def _check_kind(name: str, config: PreTrainedConfig) -> None:
