@@ -31,7 +31,8 @@ from benchmarks.gpu_speed import Bench
 from benchmarks.gpu_timing import Attempts, Clock
 from benchmarks.shared import Targets, record, table
 from data_prep.shards import read_manifest
-from pretrain.engine import DS_CONFIGS, start_processes, stop_processes
+from pretrain.ds_config import DS_CONFIGS
+from pretrain.engine import start_processes, stop_processes
 from pretrain.flops import matrix_product_rate
 
 SELF_CHECKED = "CPU (self-check, no measurement)"

@@ -12,7 +12,8 @@ from benchmarks.gpu_speed import Bench
 from benchmarks.gpu_timing import release_memory, say
 from pretrain.architecture import Architecture, ModelConfig
 from pretrain.batch_plan import BatchPlan, MicroBatchShape
-from pretrain.engine import DS_CONFIGS, PretrainEngine, load_ds_config
+from pretrain.ds_config import DS_CONFIGS, load_ds_config
+from pretrain.engine import PretrainEngine
 from pretrain.kernels import Kernels, apply_kernels
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer

@@ -11,7 +11,8 @@ from transformers import BertForMaskedLM
 from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import Batch
-from pretrain.engine import DS_CONFIGS, PretrainEngine, Processes, autocast_dtype, load_ds_config
+from pretrain.ds_config import DS_CONFIGS, autocast_dtype, load_ds_config
+from pretrain.engine import PretrainEngine, Processes
 from pretrain.hugging_face import hugging_face_config
 from pretrain.kernels import Kernels, apply_kernels
 from pretrain.model import NO_LABEL, MaskedLanguageModel

@@ -33,7 +33,8 @@ from data_prep.shards import Manifest, Rows, SplitReader, read_manifest
 from pretrain.architecture import Architecture, ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
-from pretrain.engine import PretrainEngine, load_ds_config, start_processes, stop_processes
+from pretrain.ds_config import load_ds_config
+from pretrain.engine import PretrainEngine, start_processes, stop_processes
 from pretrain.flops import matrix_product_rate, model_flops
 from pretrain.hugging_face import hugging_face_config
 from pretrain.model import MaskedLanguageModel

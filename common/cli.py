@@ -67,10 +67,9 @@ def run(command: Callable[[], Any]) -> None:
     try:
         command()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(_RANK_0_SPEAKS_SECONDS)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_RANK_0_SPEAKS_SECONDS)  # its launcher ends this process if rank 0 met the same and said so
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

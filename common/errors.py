@@ -5,6 +5,6 @@ class UserError(Exception):
     """Bad input, configuration or environment.
 
     The message is one line that says what is wrong, where, and what to do. Commands print it and exit with code 2.
-    Anything else that escapes is a bug and keeps its traceback. In a run of several processes, raise it only for what
-    every process sees alike (configuration, folders): rank 0 alone prints it.
+    Anything else that escapes is a bug and keeps its traceback. In a run of several processes rank 0 prints it; another
+    rank does only if rank 0 does not end with an error of its own.
     """

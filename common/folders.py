@@ -22,6 +22,7 @@ import yaml
 
 from common.errors import UserError
 
+_TORCH_WRITER = "inline_container"  # in what torch.save says of a full disk
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as atomic_path names them
@@ -97,9 +98,12 @@ def errors_of_writing(folder: Path) -> Iterator[None]:
     """Tell a full disk, or a folder that can't be written to, in one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and _TORCH_WRITER not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"can't write to {folder} ({error.strerror or str(error).splitlines()[0]}): mend that and run the same "
+            f"can't write to {folder} ({reason}): mend that and run the same "
             "command again, which goes on from here, or give another --output_dir"
         ) from None
 

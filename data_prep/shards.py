@@ -377,6 +377,12 @@ def _open(manifest: Manifest, shard: Shard) -> h5py.File:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EACCES):
             raise UserError(f"can't open shard {path}: {os.strerror(error.errno)}") from None
         raise UserError(f"shard {path} is damaged ({error}): {manifest.remedy}") from None
+    widths = [file[name].shape[1:] for name in ("input_ids", "masked_lm_positions")]
+    if widths != [(manifest.max_seq_length,), (manifest.max_predictions_per_seq,)]:
+        raise UserError(
+            f"shard {path} has rows of {widths[0][0]} tokens and {widths[1][0]} predictions, the manifest says "
+            f"{manifest.max_seq_length} and {manifest.max_predictions_per_seq}: {manifest.remedy}"
+        )
     if rows != {shard.rows}:
         raise UserError(f"shard {path} has {sorted(rows)} rows, the manifest says {shard.rows}: {manifest.remedy}")
     return file

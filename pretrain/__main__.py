@@ -13,7 +13,7 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("checkpoint", type=str, help="R/checkpoints/step-..., or a run's folder R: its newest one")
     parser.add_argument("folder", type=str, help="the model folder to make")
     arguments = parse(parser, argv)
-    checkpoint, folder = find_checkpoint(Path(arguments.checkpoint)), Path(arguments.folder)
+    checkpoint, folder = find_checkpoint(Path(arguments.checkpoint)), Path(arguments.folder).resolve()
     export(checkpoint, folder)
     print(f"{folder}: the model of {checkpoint}")
 

@@ -1,6 +1,7 @@
 """The batch arithmetic, derived once a run: sequences a step, micro-batches a step, slots a micro-batch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,19 @@ _SLOTS_MULTIPLE = 16
 _PREDICTIONS_MULTIPLE = 8
 
 
+def check_divisible(train_batch_size: int, micro_batch_size: int | Literal["auto"], world_size: int) -> None:
+    """Refuse a batch that can't be divided evenly.
+
+    Raises:
+        UserError: naming the numbers.
+    """
+    by, divisor = f"{world_size} processes", world_size
+    if micro_batch_size != "auto":
+        by, divisor = f"micro_batch_size {micro_batch_size} x {by}", micro_batch_size * world_size
+    if train_batch_size % divisor:
+        raise UserError(f"train_batch_size {train_batch_size} is not divisible by {by}: change one of them")
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How a global batch is divided."""
@@ -27,11 +41,7 @@ class BatchPlan:
     world_size: int
 
     def __post_init__(self) -> None:
-        if self.train_batch_size % (self.micro_batch_size * self.world_size):
-            raise UserError(
-                f"train_batch_size {self.train_batch_size} is not divisible by micro_batch_size "
-                f"{self.micro_batch_size} x {self.world_size} processes: change one of them"
-            )
+        check_divisible(self.train_batch_size, self.micro_batch_size, self.world_size)
 
     @property
     def micro_batches(self) -> int:
@@ -108,9 +118,14 @@ def _fullest_micro_batches(sizes: RowSizes, plan: BatchPlan) -> tuple[np.ndarray
     shape = (steps, plan.train_batch_size)
     tokens, predictions = np.resize(sizes.tokens, shape), np.resize(sizes.predictions, shape)
     order = np.argsort(-tokens, axis=1, kind="stable")
-    membership = np.eye(plan.micro_batches)[deal(plan.train_batch_size, plan.micro_batches)]
-    shares = (np.take_along_axis(values, order, axis=1) @ membership for values in (tokens, predictions))
-    return tuple(share.max(axis=1).astype(np.int64) for share in shares)
+    return tuple(_fullest(np.take_along_axis(values, order, axis=1), plan) for values in (tokens, predictions))
+
+
+def _fullest(values: np.ndarray, plan: BatchPlan) -> np.ndarray:
+    """The largest sum that a micro-batch gets where the columns of ``values`` [steps, sequences] are dealt out."""
+    laps = values.reshape(len(values), plan.micro_batch_size, plan.micro_batches).copy()
+    laps[:, 1::2] = laps[:, 1::2, ::-1]  # as in :func:`deal`
+    return laps.sum(axis=1).max(axis=1)
 
 
 def _cheapest(needed: np.ndarray, plan: BatchPlan, multiple: int, at_least: int) -> int:

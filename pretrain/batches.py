@@ -3,8 +3,8 @@
 The training rows, epoch after epoch, form one endless stream (the data is shuffled already; later epochs visit the
 shards in a seeded order). A step takes the next ``train_batch_size`` rows. Every rank reads them all, which costs less
 than a step's thousandth part, deals them out to micro-batches as every other does, and keeps its share of these. So all
-ranks make the same number of steps, have about as much to do, and the micro-batches are the same on any number of them;
-a resume jumps to its row, and no row is skipped or seen twice.
+ranks make the same number of steps and have about as much to do, a resume jumps to its row, and no row is skipped or
+seen twice.
 """
 
 import time
@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 
+from common.errors import UserError
 from data_prep.shards import Manifest, RowSizes, SplitReader, concatenate
 from pretrain.batch_plan import BatchPlan, MicroBatchShape, plan_shape, sample_size
 from pretrain.packing import MicroBatch, pack
@@ -77,6 +78,7 @@ class TrainingBatches:
         sequences_seen: int,
     ) -> None:
         self._reader = SplitReader(manifest, "train")
+        self._vocab_size = manifest.vocab_size
         self._plan = plan
         self._shape = shape
         self._rank = rank
@@ -110,6 +112,9 @@ class TrainingBatches:
 
     def _read_batch(self, position: int) -> Batch:
         rows = concatenate([self._reader.read(*piece) for piece in self._pieces(position)])
+        largest = max(int(rows.input_ids.max()), int(rows.masked_lm_ids.max()))
+        if largest >= self._vocab_size:
+            raise UserError(f"the shards hold token {largest}, the manifest's vocabulary has {self._vocab_size} tokens")
         own = list(pack(rows, self._shape, self._rank, self._plan.world_size))
         if self._on_gpu:
             own = [micro_batch.pin_memory() for micro_batch in own]

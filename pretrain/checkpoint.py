@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.folders import read_json, require_folder, write_json, write_text
+from common.folders import errors_of_writing, read_json, require_folder, write_json, write_text
 from data_prep.shards import TOKENIZER_FOLDER
 from pretrain.weight_files import check_whole
 
@@ -84,8 +84,11 @@ class Checkpoints:
         ``record`` tells, as JSON, how the run has gone so far; the exported model gets it.
         """
         name = f"step-{state.step:08d}"
-        if self.latest() == self._folder / name:
-            return
+        if self.latest() != self._folder / name:
+            with errors_of_writing(self._output_dir):
+                self._write(name, engine, state, record)
+
+    def _write(self, name: str, engine: "PretrainEngine", state: TrainState, record: dict[str, Any]) -> None:
         if self._rank == 0:
             shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The configuration of a pretraining run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,7 @@ from pretrain.budget import Cadence, parse_duration, share_of_run
 from pretrain.kernels import Kernels
 from pretrain.optimizer import OptimizerConfig
 
+_LARGEST_BATCH = 2**20  # every process reads a step's rows into memory
 _EARLY_SHARE = 0.05  # Izsak et al. 2021: validation is denser in the first 5 % of the run
 
 
@@ -66,6 +68,10 @@ class PretrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.init_from and self.resume not in ("auto", "never"):
             raise ValueError("resume goes on from a checkpoint and init_from from a model: give one of them")
+        if not 0 <= self.gradient_clipping < math.inf:
+            raise ValueError(f"gradient_clipping must be at least 0, not {self.gradient_clipping}")
+        if self.train_batch_size > _LARGEST_BATCH:
+            raise ValueError(f"train_batch_size must be at most {_LARGEST_BATCH}, not {self.train_batch_size}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.schedule_scale < 1:

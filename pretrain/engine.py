@@ -1,6 +1,5 @@
 """DeepSpeed: processes, precision, gradient accumulation, communication, checkpoint files. Nothing else imports it."""
 
-import json
 import logging
 import os
 import socket
@@ -13,8 +12,10 @@ from typing import Any
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 import deepspeed
+import pydantic
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -24,22 +25,11 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch
 
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 _LOSS_SCALE_AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's words
 _MINIMUM_LOSS_SCALE = 1.0
-_BF16_SINCE = (8, 0)  # CUDA capability: Ampere
 _STUCK_LOSS_SCALE = (
     "gradients overflow in fp16 even at the smallest loss scale: training diverged; try a lower learning rate, a "
     "longer warmup, or a ds_config with bf16"
-)
-_OWNED_ELSEWHERE = (
-    "managed_gradient_accumulation",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
 )
 
 
@@ -96,72 +86,6 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def load_ds_config(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed configuration; ``auto`` picks bf16, fp16 or cpu by the hardware.
-
-    Raises:
-        UserError: there is no such file, or it holds what this project's own configuration says.
-    """
-    path = DS_CONFIGS / f"{_hardware_precision()}.json" if name == "auto" else Path(name)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        known = ", ".join(sorted(file.name for file in DS_CONFIGS.glob("*.json")))
-        raise UserError(f"ds_config {name} can't be read: give 'auto' or a file; ds_configs/ has {known}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"ds_config {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"ds_config {path} is not a JSON object of DeepSpeed's settings")
-    foreign = [key for key in _OWNED_ELSEWHERE if key in config]
-    if foreign:
-        raise UserError(f"ds_config {path} sets {', '.join(foreign)}: set it in the pretraining configuration instead")
-    return config
-
-
-def _hardware_precision() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    return "bf16" if torch.cuda.get_device_capability() >= _BF16_SINCE else "fp16"
-
-
-def check_precision(ds_config: dict[str, Any]) -> None:
-    """Refuse what the hardware lacks, or what it would only imitate slowly.
-
-    Raises:
-        UserError: naming the precision and the hardware.
-    """
-    dtype = autocast_dtype(ds_config)
-    if dtype == torch.bfloat16 and torch.cuda.is_available():
-        lacking = torch.cuda.get_device_capability() < _BF16_SINCE
-    elif dtype == torch.float16 and has_half_precision_weights(ds_config):
-        lacking = not deepspeed.get_accelerator().is_fp16_supported()
-    else:
-        return
-    if lacking:
-        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"ds_config asks for {name}, which {hardware} does not have: take ds_config auto")
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """What DeepSpeed shards: 0 nothing, 1 the optimizer's state."""
-    return ds_config.get("zero_optimization", {}).get("stage", 0)
-
-
-def autocast_dtype(ds_config: dict[str, Any]) -> torch.dtype | None:
-    """The type that matrix products run in, None for float32."""
-    autocast = ds_config.get("torch_autocast", {})
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(precision, {}).get("enabled"):
-            return dtype
-    return getattr(torch, autocast["dtype"]) if autocast.get("enabled") else None
-
-
-def has_half_precision_weights(ds_config: dict[str, Any]) -> bool:
-    """Whether the model itself is in bf16 or fp16, rather than its matrix products alone."""
-    return any(ds_config.get(precision, {}).get("enabled") for precision in ("bf16", "fp16"))
-
-
 @dataclass(frozen=True)
 class StepResult:
     """What a training step came to."""
@@ -170,6 +94,16 @@ class StepResult:
     """Over this rank's predictions: a detached scalar on the device."""
     applied: bool
     """False where fp16 gradients overflowed, so that the weights stayed as they were. The same on all ranks."""
+
+
+def _initialize(
+    model: MaskedLanguageModel, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    except (pydantic.ValidationError, DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed refuses ds_config: {' '.join(str(error).split())}") from None
+    return engine
 
 
 class PretrainEngine:
@@ -186,10 +120,10 @@ class PretrainEngine:
     ) -> None:
         self._plan = plan
         self._processes = processes
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config={
+        self._engine = _initialize(
+            model,
+            optimizer,
+            {
                 **ds_config,
                 "train_batch_size": plan.train_batch_size,
                 "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -232,7 +166,7 @@ class PretrainEngine:
         torch.manual_seed(dropout_seed)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr_multiplier * group["peak_learning_rate"]
-        scale = self._processes.world_size / num_predictions  # DeepSpeed takes the mean over ranks
+        scale = self._processes.world_size / max(1, num_predictions)  # DeepSpeed takes the mean over ranks
         total = torch.zeros((), device=self._processes.device)
         for micro_batch in micro_batches:
             loss_sum = self._engine(*micro_batch.model_inputs(self._processes.device))
@@ -272,7 +206,7 @@ class PretrainEngine:
             loss_sum += self._engine(*micro_batch.model_inputs(self._processes.device)).double()
             total_predictions += num_predictions
         totals = self.sum_over_ranks(loss_sum.item(), total_predictions)
-        return totals[0] / totals[1]
+        return totals[0] / max(1.0, totals[1])
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:

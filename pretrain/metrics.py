@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.folders import errors_of_writing
 from pretrain.architecture import Architecture
 from pretrain.batches import Workload
 from pretrain.engine import PretrainEngine
@@ -36,6 +37,7 @@ class MetricsWriter:
         self._active = rank == 0
         if not self._active:
             return
+        self._folder = folder
         self._file = _open_at_a_new_line(folder / METRICS_FILE)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit}, {remaining} left{postfix}"
@@ -46,8 +48,9 @@ class MetricsWriter:
         if not self._active:
             return
         record = {"event": event, "step": step, "elapsed_seconds": round(elapsed_seconds, 3), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with errors_of_writing(self._folder):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
@@ -120,6 +123,10 @@ class StepAverages:
     def _reset(self) -> None:
         self._loss_sums: list[torch.Tensor] = []
         self._workloads: list[Workload] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Begin the time of the steps that come; none may have been counted since the last :meth:`flush`."""
         self._started = time.perf_counter()
 
     def add(self, loss_sum: torch.Tensor, workload: Workload) -> None:

@@ -11,7 +11,8 @@ from pretrain.batches import shape_of_micro_batches
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch, pack
 
-_SMALLEST = 8
+_FIRST_TRIED = 8
+_SPACING = 1.5  # between sizes worth trying
 _TIMED_PASSES = 3
 _WORTH_DOUBLING = 1.02  # below this gain in sequences a second, a larger size only costs memory
 _MEMORY_HEADROOM = 0.05  # of a GPU's memory, which fragments and which other libraries use, too
@@ -50,11 +51,14 @@ class MicroBatchTrials:
         """Sequences a second by size, at growing sizes that divide the batch.
 
         Ends where memory does, where a larger size no longer pays, or when the next one would take longer than allowed.
+        Where not even the first size fits, the largest smaller one that does.
         """
         reserved = self._reserve_memory()
         started = time.perf_counter()
         speeds: dict[int, float] = {}
-        for size in self.sizes():
+        sizes = self.sizes()
+        first = min((size for size in sizes if size >= _FIRST_TRIED), default=sizes[-1])
+        for size in sizes[sizes.index(first) :]:
             seconds = self.seconds_of_a_pass(size)
             if seconds is None:
                 break
@@ -64,15 +68,30 @@ class MicroBatchTrials:
             next_one = 2 * (1 + _TIMED_PASSES) * seconds
             if speeds[size] < _WORTH_DOUBLING * previous or spent + next_one > seconds_allowed:
                 break
+        if not speeds and (fits := self.largest_that_fits(first, has_optimizer_state=True)):
+            speeds[fits] = fits / self.seconds_of_a_pass(fits)
         del reserved
         return speeds
 
+    def largest_that_fits(self, below: int, has_optimizer_state: bool) -> int | None:
+        """The largest size under ``below`` that a pass has memory for; None where not even one sequence fits.
+
+        ``has_optimizer_state`` tells whether what the optimizer holds is in memory by now.
+        """
+        reserved = [] if has_optimizer_state else self._reserve_memory()
+        smaller = [size for size in reversed(self.sizes()) if size < below]
+        fitting = next((size for size in smaller if self.seconds_of_a_pass(size) is not None), None)
+        del reserved
+        return fitting
+
     def sizes(self) -> list[int]:
-        """Powers of two that divide a rank's batch; the whole of it where none does."""
+        """Sizes that divide a rank's batch, from one sequence to all of it, some way apart."""
         rank_batch_size = self._train_batch_size // self._world_size
-        powers = [2**exponent for exponent in range(rank_batch_size.bit_length())]
-        sizes = [size for size in powers if size >= min(_SMALLEST, rank_batch_size) and rank_batch_size % size == 0]
-        return sizes or [rank_batch_size]
+        sizes = [1]
+        for size in range(2, rank_batch_size + 1):
+            if rank_batch_size % size == 0 and (size >= _SPACING * sizes[-1] or size == rank_batch_size):
+                sizes.append(size)
+        return sizes
 
     def seconds_of_a_pass(self, size: int) -> float | None:
         """The fastest of a few, since whatever else the machine does only ever adds time; None where memory ends."""
@@ -113,12 +132,3 @@ class MicroBatchTrials:
             total = torch.cuda.get_device_properties(self._device).total_memory
             reserved.append(torch.empty(int(_MEMORY_HEADROOM * total), dtype=torch.uint8, device=self._device))
         return reserved
-
-
-def largest_that_fits(trials: MicroBatchTrials, below: int) -> int | None:
-    """The largest size under ``below`` that a pass has memory for; None where not even the smallest fits."""
-    with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
-        for size in reversed(trials.sizes()):
-            if size < below and trials.seconds_of_a_pass(size) is not None:
-                return size
-    return None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.folders import write_json
+from common.folders import errors_of_writing, write_json
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan
@@ -17,13 +17,14 @@ from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation
 from pretrain.budget import Budget, Decision, Director
 from pretrain.checkpoint import Checkpoints, Setting, TrainState, latest_checkpoint, load_weights
 from pretrain.config import PretrainConfig
-from pretrain.engine import PretrainEngine, Processes, autocast_dtype
+from pretrain.ds_config import autocast_dtype
+from pretrain.engine import PretrainEngine, Processes
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
 from pretrain.init_from import load_pretrained
 from pretrain.kernels import apply_kernels
 from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
-from pretrain.micro_batch import MicroBatchTrials, largest_that_fits
+from pretrain.micro_batch import MicroBatchTrials
 from pretrain.model import MaskedLanguageModel
 from pretrain.model_card import data_facts, software_facts
 from pretrain.optimizer import build_optimizer
@@ -142,12 +143,12 @@ class Pretrainer:
         budget = self._config.budget_seconds
         allowed = min(_MICRO_BATCH_SEARCH_SECONDS, _MICRO_BATCH_SEARCH_SHARE * budget) if budget else np.inf
         own = self._trials.speeds(allowed)
-        speeds = torch.tensor([own.get(size, 0.0) for size in sizes], dtype=torch.float64)
-        torch.distributed.all_reduce(speeds, torch.distributed.ReduceOp.MIN, group=self._processes.cpu_group)
-        if not speeds.any():
-            raise UserError("out of memory at the smallest micro-batch: take a smaller model or max_seq_length")
-        tried = {size: round(speed, 1) for size, speed in zip(sizes, speeds.tolist(), strict=True) if speed}
-        fastest = max(tried, key=tried.__getitem__)
+        largest, *speeds = self._smallest_over_ranks(max(own, default=0), *(own.get(size, 0.0) for size in sizes))
+        if not largest:
+            raise UserError("out of memory with micro-batches of one sequence: take a smaller model or max_seq_length")
+        tried = {size: round(speed, 1) for size, speed in zip(sizes, speeds, strict=True) if speed}
+        # Ranks of unequal memory may have tried no size in common: what fits the smallest fits all.
+        fastest = max(tried, key=tried.__getitem__, default=int(largest))
         seconds = time.perf_counter() - started
         self._metrics.write(
             "micro_batch_search",
@@ -161,6 +162,11 @@ class Pretrainer:
             f"micro_batch_size {fastest}, found in {seconds:.1f} s; sequences a second on a process by size: {listed}"
         )
         return fastest
+
+    def _smallest_over_ranks(self, *values: float) -> list[float]:
+        smallest = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._processes.cpu_group)
+        return smallest.tolist()
 
     def _train_step(self, decision: Decision) -> None:
         started = time.perf_counter()
@@ -187,7 +193,8 @@ class Pretrainer:
 
     def _out_of_memory(self) -> UserError:
         size = self._plan.micro_batch_size
-        fits = largest_that_fits(self._trials, below=size)
+        with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
+            fits = self._trials.largest_that_fits(size, has_optimizer_state=self._step > 0)
         advice = f"{fits} fits" if fits else "nothing smaller fits: take a smaller model or max_seq_length"
         return UserError(f"out of memory with micro_batch_size {size}: {advice}")
 
@@ -230,10 +237,14 @@ class Pretrainer:
         started = time.perf_counter()
         function()
         self._director.record(action, time.perf_counter() - started)
+        self._averages.start_clock()  # the pause is no part of the steps' speed
 
     def _validate(self) -> float:
         batches = validation_batches(self._manifest, self._shape, self._processes.rank, self._processes.world_size)
+        self._log()  # stops a run that has diverged
         loss = self._engine.evaluate(batches)
+        if not np.isfinite(loss):
+            raise self._divergence(f"the validation loss is {loss} after step {self._step}")
         elapsed = self._budget.elapsed()
         self._metrics.write("validation", self._step, elapsed, loss=loss, progress=self._budget.progress(self._step))
         self._metrics.say(f"step {self._step}, {elapsed:.0f} s: validation loss {loss:.4f}")
@@ -302,10 +313,12 @@ class Pretrainer:
             "validation_loss": validation_loss,
         }
         if self._processes.rank == 0:
-            self._checkpoints.update_record({**summary, **self._record()})
+            with errors_of_writing(self._output_dir):
+                self._checkpoints.update_record({**summary, **self._record()})
             export(latest_checkpoint(self._output_dir), self._output_dir / MODEL_FOLDER)
             summary["closing_seconds"] = round(time.perf_counter() - started, 3)
-            write_json(self._output_dir / SUMMARY_FILE, summary)
+            with errors_of_writing(self._output_dir):
+                write_json(self._output_dir / SUMMARY_FILE, summary)
             self._metrics.say(
                 f"{self._step} steps in {elapsed:.1f} s, validation loss {validation_loss:.4f}: "
                 f"the model is in {self._output_dir / MODEL_FOLDER}"

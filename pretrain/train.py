@@ -5,22 +5,17 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError
-from common.folders import check_folder, claim_folder, only_writer
+from common.folders import check_folder, claim_folder, errors_of_writing, only_writer
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.architecture import Architecture, resolve
-from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint import Setting, TrainState, check_resumable, latest_checkpoint, read_state
+from pretrain.batch_plan import check_divisible
+from pretrain.checkpoint import Setting, TrainState, check_resumable, find_checkpoint, latest_checkpoint, read_state
 from pretrain.config import PretrainConfig
-from pretrain.engine import (
-    autocast_dtype,
-    check_precision,
-    has_half_precision_weights,
-    load_ds_config,
-    start_processes,
-    stop_processes,
-    zero_stage,
-)
+from pretrain.ds_config import autocast_dtype, has_half_precision_weights, load_ds_config, zero_stage
+from pretrain.engine import start_processes, stop_processes
 from pretrain.init_from import resolve_from
 from pretrain.kernels import check_kernels
 from pretrain.optimizer import check_optimizer
@@ -39,7 +34,6 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
     ds_config = load_ds_config(config.ds_config)
-    check_precision(ds_config)
     check_optimizer(config.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
     check_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
     if (output_dir / SUMMARY_FILE).exists():
@@ -57,12 +51,14 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> None:
         check_kernels(config.kernels, processes.device, autocast_dtype(ds_config))
         if checkpoint and state:
             check_resumable(checkpoint, state.setting, setting)
-        smallest = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-        BatchPlan(config.train_batch_size, smallest, processes.world_size)
+        check_divisible(config.train_batch_size, config.micro_batch_size, processes.world_size)
         with _claimed(output_dir, config, processes.rank):
             run = Pretrainer(config, architecture, ds_config, manifest, output_dir, setting, state, processes)
             run.prepare(checkpoint)
             run.train()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason} Take a smaller model, micro_batch_size or max_seq_length") from None
     finally:
         stop_processes()
 
@@ -73,8 +69,10 @@ def _claimed(output_dir: Path, config: PretrainConfig, rank: int) -> Iterator[No
     if rank:
         yield
         return
-    claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
+    with errors_of_writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(output_dir):
+        claim_folder(output_dir, config, _MAY_CHANGE_ON_RESUME)
         yield
 
 
@@ -95,4 +93,4 @@ def _find_checkpoint(config: PretrainConfig, output_dir: Path) -> Path | None:
     own = latest_checkpoint(output_dir)
     if own and config.resume == "never":
         raise UserError(f"{output_dir} has checkpoints and resume is 'never': give another --output_dir")
-    return own or (None if config.resume in ("auto", "never") else Path(config.resume))
+    return own or (None if config.resume in ("auto", "never") else find_checkpoint(Path(config.resume)))

@@ -39,12 +39,12 @@ _CLASSES_IN_FILES = [
 def read_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, torch.Tensor]:
     """The trained weights in float32, under the names that the model has uncompiled.
 
-    At ZeRO stage 0 they are in the model's file. From stage 1 on that may hold rounded copies, and the float32 weights
-    that the optimizer works on lie in the files of the ranks, a part each.
+    At ZeRO stage 0 they are in the model's file. At stage 1 that may hold rounded copies, and the float32 weights that
+    the optimizer works on lie in the files of the ranks, a part each.
 
     Args:
         folder: of a checkpoint.
-        zero_stage: that it was saved at, 0 to 3.
+        zero_stage: that it was saved at, 0 or 1.
         world_size: how many processes saved it.
 
     Raises:
@@ -52,12 +52,7 @@ def read_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, to
     """
     saved, ranks = _open_files(folder, zero_stage, world_size)
     try:
-        if zero_stage == 0:
-            weights = saved["module"]
-        elif zero_stage < 3:
-            weights = _join_by_name(saved["param_shapes"], ranks)
-        else:
-            weights = _join_in_order(saved["param_shapes"], ranks)
+        weights = _join_by_name(saved["param_shapes"], ranks) if zero_stage else saved["module"]
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"the files in {folder} are not as DeepSpeed writes them ({error!r})") from None
     return {name.replace(_COMPILED, ""): tensor.float() for name, tensor in weights.items()}
@@ -69,7 +64,7 @@ def check_whole(folder: Path, zero_stage: int, world_size: int) -> None:
 
 
 def _open_files(folder: Path, zero_stage: int, world_size: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the model's file holds, and from stage 1 on what each rank's optimizer does."""
+    """What the model's file holds, and at stage 1 what each rank's optimizer does."""
     model_files = sorted(folder.glob("*_model_states.pt"))
     if not model_files:
         raise UserError(f"{folder} has no *_model_states.pt: the checkpoint is not whole")
@@ -99,7 +94,7 @@ def _optimizer_files(folder: Path, world_size: int) -> list[Path]:
 
 
 def _join_by_name(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """ZeRO 1 and 2: each rank has a slice of every group's vector, and tells which parameters are where in it."""
+    """ZeRO 1: each rank has a slice of every group's vector, and tells which parameters are where in it."""
     parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     for rank in ranks:
         state = rank["optimizer_state_dict"]
@@ -108,15 +103,3 @@ def _join_by_name(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any
             for name, fragment in fragments.items():
                 parts[name].append(vector.narrow(0, fragment.start, fragment.numel))
     return {name: torch.cat(parts[name]).view(shape) for group in groups for name, shape in group.items()}
-
-
-def _join_in_order(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """ZeRO 3: each rank has an equal part of every parameter, the last one filled up, one after the other."""
-    vectors = [torch.cat(list(rank["optimizer_state_dict"]["fp32_flat_groups"])) for rank in ranks]
-    weights, start = {}, 0
-    for group in groups:
-        for name, shape in group.items():
-            size = -(-shape.numel() // len(ranks))
-            weights[name] = torch.cat([vector[start : start + size] for vector in vectors])[: shape.numel()].view(shape)
-            start += size
-    return weights

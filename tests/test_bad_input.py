@@ -211,6 +211,8 @@ def pretrain_arguments(data_dir: Path, output: Path, *more: str) -> list[str]:
         (["--warmup_proportion", "6"], "warmup_proportion"),
         (["--ds_config", "nowhere.json"], "nowhere.json"),
         (["--resume", "nowhere"], "nowhere"),
+        (["--gradient_clipping", "-1"], "gradient_clipping must be at least 0"),
+        (["--train_batch_size", "1000000000000"], "train_batch_size must be at most"),
         (["--init_from", "configs"], "no config.json"),
         (["--init_from", "configs", "--resume", "nowhere"], "give one of them"),
         (["--optimizer.name", "lion"], "optimizer.name"),
@@ -228,20 +230,43 @@ def test_pretraining_options(option, words, data_dir, tmp_path, capsys, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_ds_config_with_what_it_does_not_own(data_dir, tmp_path, capsys, monkeypatch) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text('{"train_batch_size": 8}')
-    fails_with(
-        capsys,
-        monkeypatch,
-        pretrain_arguments(data_dir, tmp_path / "run", "--ds_config", str(file)),
-        "train_batch_size",
-    )
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"train_batch_size": 8}', ["sets train_batch_size"]),
+        ("[]", ["not a JSON object"]),
+        ("{", ["not JSON"]),
+        ('{"zero_optimisation": {"stage": 1}}', ["zero_optimisation, which is not one of"]),
+        ('{"zero_optimization": true}', ["must be an object"]),
+        ('{"zero_optimization": {"stage": 2}}', ["ZeRO stage 2", "only 0 and 1"]),
+        ('{"zero_optimization": {"stage": "1"}}', ['ZeRO stage "1"']),
+        ('{"zero_optimization": {"overlap_comm": true}}', ["zero_optimization.overlap_comm"]),
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": "much"}}',
+            ["DeepSpeed refuses", "reduce_bucket_size"],
+        ),
+        ('{"torch_autocast": {"enabled": true}}', ["torch_autocast.dtype null"]),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float64"}}', ["bfloat16, float16"]),
+        ('{"bf16": {"enabled": true}}', ["bf16 weights at ZeRO stage 0", "torch_autocast"]),
+        ('{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', ["bf16 and fp16", "one of them"]),
+        ('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}}', ["fp16 weights, which need a GPU"]),
+    ],
+)
+def test_ds_configs(content, words, data_dir, tmp_path, capsys, monkeypatch) -> None:
+    file, run = tmp_path / "ds.json", tmp_path / "run"
+    file.write_text(content)
+    tiny = ["--model.preset", "bert-tiny", "--micro_batch_size", "8", "--train_batch_size", "8"]
+    fails_with(capsys, monkeypatch, pretrain_arguments(data_dir, run, "--ds_config", str(file), *tiny), *words)
 
 
 @pytest.fixture
 def copied_data(data_dir, tmp_path) -> Path:
     return Path(shutil.copytree(data_dir, tmp_path / "copied"))
+
+
+def change_manifest(data: Path, name: str, value: int) -> None:
+    content = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps({**content, name: value}))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +281,11 @@ def copied_data(data_dir, tmp_path) -> Path:
         (
             lambda data: shutil.copy(data / "validation-00000.h5", data / "train-00001.h5"),
             ["train-00001.h5", "rows, the manifest says"],
+        ),
+        (lambda data: change_manifest(data, "max_seq_length", 128), ["rows of 64 tokens", "the manifest says 128"]),
+        (
+            lambda data: change_manifest(data, "max_predictions_per_seq", 5),
+            ["the manifest says 64 and 5"],
         ),
         (
             lambda data: (data / "tokenizer" / "tokenizer.json").write_text("{}"),

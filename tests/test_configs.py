@@ -10,7 +10,7 @@ from common.cli import config_parser, parse, take_config
 from data_prep.config import DataConfig
 from finetune.grid import GridConfig
 from pretrain.config import PretrainConfig
-from pretrain.engine import load_ds_config
+from pretrain.ds_config import load_ds_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG_CLASSES = {"data": DataConfig, "pretrain": PretrainConfig, "glue": GridConfig}

@@ -15,7 +15,8 @@ from benchmarks.gpu_sides import Hardware, HuggingFace, InBareLoop
 from benchmarks.gpu_timing import Attempts
 from common.errors import UserError
 from pretrain.architecture import ModelConfig, resolve
-from pretrain.engine import DS_CONFIGS, Processes
+from pretrain.ds_config import DS_CONFIGS
+from pretrain.engine import Processes
 from pretrain.hugging_face import to_hugging_face
 from pretrain.model import MaskedLanguageModel
 

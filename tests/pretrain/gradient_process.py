@@ -16,7 +16,8 @@ from data_prep.shards import read_manifest
 from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
-from pretrain.engine import PretrainEngine, load_ds_config, start_processes, stop_processes
+from pretrain.ds_config import load_ds_config
+from pretrain.engine import PretrainEngine, start_processes, stop_processes
 from pretrain.model import MaskedLanguageModel
 
 

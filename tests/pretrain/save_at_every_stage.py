@@ -21,8 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "autocast": {"zero_optimization": {"stage": 0}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     "zero1": {"zero_optimization": {"stage": 1}},
     "bf16_zero1": {"zero_optimization": {"stage": 1}, **_BF16},
-    "bf16_zero2": {"zero_optimization": {"stage": 2}, **_BF16},
-    "bf16_zero3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, **_BF16},
 }
 
 

@@ -1,6 +1,8 @@
 """What goes wrong while training ends in one line that helps, and never costs a good checkpoint."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -14,7 +16,8 @@ from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.config import PretrainConfig
-from pretrain.engine import PretrainEngine, Processes, load_ds_config, start_processes, stop_processes
+from pretrain.ds_config import load_ds_config
+from pretrain.engine import PretrainEngine, Processes, start_processes, stop_processes
 from pretrain.micro_batch import MicroBatchTrials
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -64,6 +67,23 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(log_interv
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_full_disk_is_told_in_one_line(data_dir, tmp_path, monkeypatch) -> None:
+    def no_space(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1088 vs 982")
+
+    monkeypatch.setattr(PretrainEngine, "save", no_space)
+    with pytest.raises(UserError, match=r"can't write to .*run"):
+        pretrain(config(), data_dir, tmp_path / "run")
+
+
+def test_shards_with_other_tokens_than_the_manifest_tells_are_refused(data_dir, tmp_path) -> None:
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    content = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps({**content, "vocab_size": 400}))
+    with pytest.raises(UserError, match=r"shards hold token \d+, the manifest's vocabulary has 400"):
+        pretrain(config(), data, tmp_path / "run")
+
+
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data_dir, tmp_path, monkeypatch) -> None:
     run, real, calls = tmp_path / "run", PretrainEngine.train_step, []
 
@@ -91,15 +111,33 @@ def test_gradients_that_overflow_at_every_loss_scale_stop_the_run(data_dir, tmp_
         pretrain(hopeless, data_dir, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("fitting", "words"), [(8, "8 fits"), (0, "nothing smaller fits")])
-def test_out_of_memory_says_what_would_fit(fitting, words, data_dir, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("batch", "size", "fitting", "words"),
+    [
+        (64, 32, 8, "8 fits"),
+        (64, 32, 3, "2 fits"),
+        (40, 20, 12, "8 fits"),
+        (125, 25, 24, "5 fits"),
+        (64, 32, 0, "nothing smaller fits"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(batch, size, fitting, words, data_dir, tmp_path, monkeypatch) -> None:
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(PretrainEngine, "train_step", run_out)
     monkeypatch.setattr(MicroBatchTrials, "seconds_of_a_pass", lambda _, size: 1.0 if size <= fitting else None)
-    with pytest.raises(UserError, match=f"out of memory with micro_batch_size 32: {words}"):
-        pretrain(config(train_batch_size=64, micro_batch_size=32), data_dir, tmp_path / "run")
+    with pytest.raises(UserError, match=f"out of memory with micro_batch_size {size}: {words}"):
+        pretrain(config(train_batch_size=batch, micro_batch_size=size), data_dir, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("batch", "fitting", "expected"), [(40, 4, 4), (24, 1, 1), (125, 24, 5), (64, 100, 64)])
+def test_the_search_finds_what_fits_whatever_divides_the_batch(batch, fitting, expected, data_dir, monkeypatch) -> None:
+    manifest = read_manifest(data_dir)
+    model = MaskedLanguageModel(resolve(TINY, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id))
+    trials = MicroBatchTrials(model, manifest, batch, world_size=1, autocast_dtype=None)
+    monkeypatch.setattr(trials, "seconds_of_a_pass", lambda size: 1.0 if size <= fitting else None)
+    assert max(trials.speeds(seconds_allowed=1e9)) == expected
 
 
 def test_a_step_that_overflows_is_skipped_and_the_loss_scale_survives_a_resume(data_dir, tmp_path, processes) -> None:
@@ -162,7 +200,7 @@ def test_real_passes_time_every_size_and_leave_no_gradient(data_dir) -> None:
     model = MaskedLanguageModel(resolve(TINY, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id))
     trials = MicroBatchTrials(model, manifest, train_batch_size=64, world_size=2, autocast_dtype=None)
     speeds = trials.speeds(seconds_allowed=60.0)
-    assert trials.sizes() == [8, 16, 32]
-    assert list(speeds) == trials.sizes()[: len(speeds)]
+    assert trials.sizes() == [1, 2, 4, 8, 16, 32]
+    assert list(speeds) == [8, 16, 32][: len(speeds)]
     assert all(speed > 0 for speed in speeds.values())
     assert all(parameter.grad is None for parameter in model.parameters())

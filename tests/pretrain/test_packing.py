@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.shards import Manifest, Rows, SplitReader, read_manifest
+from data_prep.shards import Rows
 from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan, MicroBatchShape, deal, plan_shape
-from pretrain.batches import shape_of_micro_batches
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch, pack
 
@@ -177,11 +176,11 @@ def test_attention_dropout_acts_inside_packed_sequences() -> None:
     assert net.eval()(*inputs).item() == net(*inputs).item()
 
 
-def test_the_shape_is_the_same_at_every_start_and_on_any_number_of_processes(data_dir) -> None:
-    manifest: Manifest = read_manifest(data_dir)
-    shapes = {shape_of_micro_batches(manifest, BatchPlan(48, 4, world_size)) for world_size in (1, 1)}
-    assert len(shapes) == 1
-    reader = SplitReader(manifest, "train")
-    rows = reader.read_range(0, 48)
-    reader.close()
-    assert sum(len(sequences_of(micro_batch)) for micro_batch in pack(rows, shapes.pop())) == 48
+@pytest.mark.parametrize(("train_batch_size", "micro_batch_size"), [(512, 32), (96, 8), (24, 24), (7, 1)])
+def test_the_planned_room_is_what_real_micro_batches_need(train_batch_size: int, micro_batch_size: int) -> None:
+    rows = text_like_rows(train_batch_size)
+    shape = shape_for(rows, train_batch_size, micro_batch_size)
+    packed = list(pack(rows, shape))
+    assert len(packed) == train_batch_size // micro_batch_size
+    fullest = max(int(micro_batch.sequence_length.long().sum()) for micro_batch in packed)
+    assert shape.room - 16 <= fullest <= shape.room or shape.slots in (LENGTH, micro_batch_size * LENGTH)
