@@ -2,8 +2,8 @@
 
 Packed, they lie end to end in a fixed number of slots, so that matrix products, norms and the head compute next to no
 padding: ``[slots, hidden]``. Attention alone, 1 to 8 % of the work at length 128, takes them apart into rows of their
-own and puts the result back. Rows of several sequences under a block mask would do without that, but compute all pairs of tokens of
-a row: at 512 slots four times the attention, which costs more than the padding did (docs/performance.md).
+own and puts the result back. Rows of several sequences under a block mask would do without that, but compute all pairs
+of tokens of a row: at 512 slots four times the attention, which costs more than the padding did (docs/performance.md).
 
 Padded, each sequence has a row of its own everywhere: ``[sequences, length, hidden]``.
 """
