@@ -8,9 +8,8 @@ import numpy as np
 from common.errors import UserError
 from data_prep.shards import RowSizes
 
-_WORTH_PACKING = (
-    0.97  # of the slots that rows of their own take; above, taking sequences apart costs more than it saves
-)
+# Of the slots that rows of their own take. Above, taking sequences apart costs more than it saves.
+_WORTH_PACKING = 0.97
 _SAMPLED_STEPS = 64
 _SAMPLED_ROWS = 2**18  # at least, where the data has them
 _SLOTS_MULTIPLE = 16

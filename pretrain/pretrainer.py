@@ -240,8 +240,8 @@ class Pretrainer:
         self._averages.start_clock()  # the pause is no part of the steps' speed
 
     def _validate(self) -> float:
-        batches = validation_batches(self._manifest, self._shape, self._processes.rank, self._processes.world_size)
         self._log()  # stops a run that has diverged
+        batches = validation_batches(self._manifest, self._shape, self._processes.rank, self._processes.world_size)
         loss = self._engine.evaluate(batches)
         if not np.isfinite(loss):
             raise self._divergence(f"the validation loss is {loss} after step {self._step}")
