@@ -113,6 +113,17 @@ def test_a_run_that_was_killed_ends_with_exactly_the_uninterrupted_weights(
     assert steps == list(range(1, 25))
 
 
+def test_a_killed_run_goes_on_with_another_number_of_processes(
+    config, uninterrupted, data_dir, tmp_path, free_port
+) -> None:
+    run = tmp_path / "fewer"
+    kill_at_first_checkpoint(command(torchrun(free_port), config, data_dir, run), run)
+    finish(command([sys.executable], config, data_dir, run))
+    expected = weights(uninterrupted)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-4, msg=name)
+
+
 @pytest.fixture(scope="module")
 def budgeted(config, data_dir, tmp_path_factory) -> Path:
     """A run of 10 seconds on two ranks, killed once on the way."""
