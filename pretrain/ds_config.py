@@ -21,8 +21,8 @@ _DEEPSPEEDS = (
 ).split()
 _SECTIONS = ("zero_optimization", "torch_autocast", "bf16", "fp16", "data_types")
 _OF_ZERO = (
-    "stage reduce_bucket_size allgather_bucket_size allgather_partitions reduce_scatter contiguous_gradients".split()
-)
+    "stage reduce_bucket_size allgather_bucket_size allgather_partitions reduce_scatter contiguous_gradients"
+).split()
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -118,7 +118,6 @@ class PretrainEngine:
         gradient_clipping: float,
         processes: Processes,
     ) -> None:
-        self._plan = plan
         self._processes = processes
         self._engine = _initialize(
             model,

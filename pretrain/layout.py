@@ -37,7 +37,6 @@ class PaddedLayout:
     """
 
     def __init__(self, sequence_length: torch.Tensor, length: int) -> None:
-        self._rows = (len(sequence_length), length)
         self.attention_mask = _attention_mask(sequence_length, length)
         self.position_ids = torch.arange(length, device=sequence_length.device)
 

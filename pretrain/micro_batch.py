@@ -14,7 +14,7 @@ from pretrain.packing import MicroBatch, pack
 _FIRST_TRIED = 8
 _SPACING = 1.5  # between sizes worth trying
 _TIMED_PASSES = 3
-_WORTH_DOUBLING = 1.02  # below this gain in sequences a second, a larger size only costs memory
+_WORTH_GROWING = 1.02  # below this gain in sequences a second, a larger size only costs memory
 _MEMORY_HEADROOM = 0.05  # of a GPU's memory, which fragments and which other libraries use, too
 
 
@@ -66,7 +66,7 @@ class MicroBatchTrials:
             speeds[size] = size / seconds
             spent = time.perf_counter() - started
             next_one = 2 * (1 + _TIMED_PASSES) * seconds
-            if speeds[size] < _WORTH_DOUBLING * previous or spent + next_one > seconds_allowed:
+            if speeds[size] < _WORTH_GROWING * previous or spent + next_one > seconds_allowed:
                 break
         if not speeds and (fits := self.largest_that_fits(first, has_optimizer_state=True)):
             speeds[fits] = fits / self.seconds_of_a_pass(fits)
