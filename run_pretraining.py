@@ -3,15 +3,18 @@
 ``torchrun`` and plain ``python`` start it too.
 """
 
+import traceback
 from pathlib import Path
 
-from common.cli import config_parser, parse, run, take_config
+from common.cli import config_parser, exit_code, parse, take_config
+from pretrain import summary
 from pretrain.config import PretrainConfig
+from pretrain.processes import leave
 from pretrain.train import pretrain
 
 
-def main() -> None:
-    """Parse the command line and run."""
+def main() -> int:
+    """Parse the command line and run; the exit code, see :mod:`pretrain.summary`."""
     parser = config_parser(
         "run_pretraining.py", "Pretrain a masked language model until its budget ends.", PretrainConfig
     )
@@ -20,8 +23,14 @@ def main() -> None:
         "--output_dir", type=str, required=True, help="the run's folder; the model will be in hf/ there"
     )
     arguments = parse(parser, None)
-    pretrain(take_config(arguments, PretrainConfig), Path(arguments.data_dir), Path(arguments.output_dir))
+    stopped_by = pretrain(take_config(arguments, PretrainConfig), Path(arguments.data_dir), Path(arguments.output_dir))
+    return summary.exit_code(stopped_by)
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        code = exit_code(main)
+    except Exception:  # a bug keeps its traceback
+        traceback.print_exc()
+        code = 1
+    leave(code)

@@ -32,8 +32,8 @@ from benchmarks.gpu_timing import Attempts, Clock
 from benchmarks.shared import Targets, record, table
 from data_prep.shards import read_manifest
 from pretrain.ds_config import DS_CONFIGS
-from pretrain.engine import start_processes, stop_processes
 from pretrain.flops import matrix_product_rate
+from pretrain.processes import start_processes, stop_processes
 
 SELF_CHECKED = "CPU (self-check, no measurement)"
 ANYWHERE: Targets = {"checks_failed": ("at most", 0)}

@@ -12,12 +12,13 @@ from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import Batch
 from pretrain.ds_config import DS_CONFIGS, autocast_dtype, load_ds_config
-from pretrain.engine import PretrainEngine, Processes
+from pretrain.engine import PretrainEngine
 from pretrain.hugging_face import hugging_face_config
 from pretrain.kernels import Kernels, apply_kernels
 from pretrain.model import NO_LABEL, MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.packing import MicroBatch
+from pretrain.processes import Processes
 
 _LEARNING_RATE = 1e-4
 

@@ -34,12 +34,13 @@ from pretrain.architecture import Architecture, ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import PretrainEngine, start_processes, stop_processes
+from pretrain.engine import PretrainEngine
 from pretrain.flops import matrix_product_rate, model_flops
 from pretrain.hugging_face import hugging_face_config
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.packing import pack
+from pretrain.processes import start_processes, stop_processes
 
 SIZES = {"mini": ("bert-mini", 128, 32), "base": ("bert-base", 32, 8)}  # preset, sequences a step, a micro-batch
 MEMORY_BATCH = 32

@@ -63,19 +63,29 @@ def take_config(arguments: jsonargparse.Namespace, config_class: type[Config]) -
 
 
 def run(command: Callable[[], Any]) -> None:
-    """Run a command: exit code 2 and one line for a :class:`UserError`, 130 for Ctrl-C, a traceback for a bug."""
+    """Run a command and leave with its exit code, see :func:`exit_code`."""
+    if code := exit_code(command):
+        sys.exit(code)
+
+
+def exit_code(command: Callable[[], Any]) -> int:
+    """Run a command: one line and its code (2) for a :class:`UserError`, 130 for Ctrl-C, a traceback for a bug.
+
+    Otherwise what the command returns, if that is a number, and 0 if not.
+    """
     try:
-        command()
+        result = command()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_RANK_0_SPEAKS_SECONDS)  # its launcher ends this process if rank 0 met the same and said so
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return result if isinstance(result, int) else 0
 
 
-def run_subcommand(prog: str, description: str, subcommands: dict[str, Callable[[list[str]], None]]) -> NoReturn:
+def run_subcommand(prog: str, description: str, subcommands: dict[str, Callable[[list[str]], Any]]) -> NoReturn:
     """Dispatch ``python -m package SUBCOMMAND ...`` to one of ``subcommands``, whose docstrings are the help text."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):

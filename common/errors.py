@@ -8,3 +8,5 @@ class UserError(Exception):
     Anything else that escapes is a bug and keeps its traceback. In a run of several processes rank 0 prints it; another
     rank does only if rank 0 does not end with an error of its own.
     """
+
+    exit_code = 2

@@ -9,8 +9,10 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,6 +24,7 @@ import yaml
 
 from common.errors import UserError
 
+_LOCK_LOOK_SECONDS = 0.5
 _TORCH_WRITER = "inline_container"  # in what torch.save says of a full disk
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
@@ -162,20 +165,35 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     """Be the only one who writes to ``folder``; the system gives the lock up when the process ends.
 
     What a process that was killed left half-written there is removed.
 
+    Args:
+        folder: there already.
+        wait_seconds: how long to wait for another to leave.
+
     Raises:
         UserError: another process is at work there.
     """
-    try:
-        with file_lock(folder / ".lock", blocking=False):
-            _clear_leftovers(folder)
-            yield
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {folder}: wait for its end, or stop it") from None
+    lock = folder / ".lock"
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            with file_lock(lock, blocking=False):
+                lock.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+                _clear_leftovers(folder)
+                yield
+                return
+        except BlockingIOError:
+            other = f"process {lock.read_text(encoding='utf-8')}"
+        if time.monotonic() >= deadline:
+            waited = f" still after {wait_seconds:.0f} s" if wait_seconds else ""
+            raise UserError(f"{other} is{waited} at work in {folder}: wait for its end, or stop it")
+        if wait_seconds and time.monotonic() < deadline - wait_seconds + _LOCK_LOOK_SECONDS:
+            print(f"{other} is at work in {folder}: waiting up to {wait_seconds:.0f} s for it to leave", flush=True)
+        time.sleep(_LOCK_LOOK_SECONDS)
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -195,7 +213,7 @@ def file_lock(path: Path, blocking: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it, and ``blocking`` is False.
     """
-    with path.open("w") as file:
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
         yield
 

@@ -20,8 +20,6 @@ from data_prep.shards import Manifest, RowSizes, SplitReader, concatenate
 from pretrain.batch_plan import BatchPlan, MicroBatchShape, plan_shape, sample_size
 from pretrain.packing import MicroBatch, pack
 
-_VALIDATION_MICRO_BATCHES = 64  # read and packed at a time
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -141,20 +139,6 @@ class TrainingBatches:
         if epoch == 0:
             return list(range(shards))
         return np.random.default_rng((self._seed, epoch)).permutation(shards).tolist()
-
-
-def validation_batches(
-    manifest: Manifest, shape: MicroBatchShape, rank: int, world_size: int
-) -> Iterator[tuple[MicroBatch, int]]:
-    """This rank's contiguous share of the held-out rows, every row on exactly one rank, and how many predictions each
-    micro-batch has."""
-    reader = SplitReader(manifest, "validation")
-    start, stop = (reader.num_rows * part // world_size for part in (rank, rank + 1))
-    stride = _VALIDATION_MICRO_BATCHES * shape.sequences
-    for first in range(start, stop, stride):
-        for micro_batch in pack(reader.read_range(first, min(first + stride, stop)), shape):
-            yield micro_batch, int((micro_batch.masked_lm_positions > 0).sum())
-    reader.close()
 
 
 def shape_of_micro_batches(manifest: Manifest, plan: BatchPlan) -> MicroBatchShape:

@@ -1,18 +1,19 @@
-"""The budget of a run: how much is spent, what that decides at each step, and one voice that tells every rank.
+"""The budget of a run: how much is spent and on what, what is left, and when something is due.
 
-The position in the budget (``progress`` in [0, 1]) drives the learning rate, validation, checkpoints and the stop. It
-is read on rank 0 alone and broadcast, so that all ranks take the same learning rate and leave at the same step.
+The position in the budget (``progress`` in [0, 1]) drives the learning rate, validation, checkpoints and the stop.
 """
 
 import re
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from typing import Literal, get_args
 
-import torch
-import torch.distributed as dist
-
+Activity = Literal[
+    "starting", "micro_batch_search", "compile", "training", "data_wait", "validation", "checkpoints", "exports"
+]
+ACTIVITIES = get_args(Activity)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _STEPS_REMEMBERED = 5
 
@@ -53,8 +54,9 @@ class Budget:
         max_steps: length of the run in steps, or None. Exactly one of the two is given.
         schedule_scale: length of the learning rate's schedule over the length of the run; 1 unless a run is only the
             first part of a longer schedule.
-        elapsed_before: seconds that earlier parts of the run have spent.
+        spent_before: seconds that earlier parts of the run have spent, by activity.
         step_seconds: how long their steps took, until this part has steps of its own to tell by.
+        steps_in_flight: steps that are queued on the device while the next one is decided on.
         clock: monotonic seconds.
     """
 
@@ -63,33 +65,48 @@ class Budget:
         seconds: float | None,
         max_steps: int | None,
         schedule_scale: float = 1.0,
-        elapsed_before: float = 0.0,
+        spent_before: dict[str, float] | None = None,
         step_seconds: float = 0.0,
+        steps_in_flight: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert (seconds is None) != (max_steps is None)
         self.seconds = seconds
         self.max_steps = max_steps
         self._schedule_scale = schedule_scale
-        self._elapsed_before = elapsed_before
+        self._spent = dict.fromkeys(ACTIVITIES, 0.0) | (spent_before or {})
         self._earlier_step_seconds = step_seconds
+        self._steps_in_flight = steps_in_flight
         self._clock = clock
-        self._started: float | None = None
+        self._charged_until: float | None = None
         self._warmed_up = False
         self._recent_steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     def start(self) -> None:
         """Start the clock: from here on, everything counts."""
-        self._started = self._clock()
+        self._charged_until = self._clock()
 
     def stop(self) -> None:
         """Stop it: what follows does not count."""
-        self._elapsed_before, self._started = self.elapsed(), None
+        if self._charged_until is not None:
+            self.charge("training")
+        self._charged_until = None
+
+    def charge(self, activity: Activity) -> None:
+        """Put down the time since the last call, or since the start, to ``activity``."""
+        if self._charged_until is not None:
+            now = self._clock()
+            self._spent[activity] += now - self._charged_until
+            self._charged_until = now
+
+    def spent_seconds(self) -> dict[str, float]:
+        """Seconds spent by activity, as far as they have been put down."""
+        return dict(self._spent)
 
     def elapsed(self) -> float:
         """Seconds spent, earlier parts of the run included."""
-        running = 0.0 if self._started is None else self._clock() - self._started
-        return self._elapsed_before + running
+        running = 0.0 if self._charged_until is None else self._clock() - self._charged_until
+        return sum(self._spent.values()) + running
 
     @property
     def total(self) -> float:
@@ -109,6 +126,12 @@ class Budget:
         """The share of the run that is spent before step number ``step`` (from 0), in [0, 1]."""
         return min(1.0, self.spent(step) / self.total)
 
+    def progress_after(self, step: int) -> float:
+        """The share that will be spent when step number ``step``, which is about to be queued, has ended."""
+        if self.max_steps is not None:
+            return min(1.0, (step + 1) / self.max_steps)
+        return min(1.0, (self.elapsed() + self._pending_steps * self.typical_step_seconds) / self.seconds)
+
     def schedule_position(self, progress: float) -> float:
         """The share of the learning rate's schedule that is spent at ``progress``."""
         return progress / self._schedule_scale
@@ -120,15 +143,30 @@ class Budget:
         self._warmed_up = True
 
     @property
+    def is_warmed_up(self) -> bool:
+        """Whether this start has made its first step."""
+        return self._warmed_up
+
+    @property
     def step_seconds(self) -> float:
-        """How long a step takes: the slowest of the recent ones."""
+        """How long a step may take: the slowest of the recent ones."""
         return max(self._recent_steps, default=self._earlier_step_seconds)
+
+    @property
+    def typical_step_seconds(self) -> float:
+        """How long a step usually takes: the median of the recent ones."""
+        return statistics.median(self._recent_steps) if self._recent_steps else self._earlier_step_seconds
+
+    @property
+    def _pending_steps(self) -> int:
+        """Steps that have still to run when the next one is queued, itself included."""
+        return self._steps_in_flight + 1
 
     def has_room_for(self, step: int, extra_seconds: float = 0.0) -> bool:
         """Whether one more step, and ``extra_seconds`` of other work, end within the budget."""
         if self.max_steps is not None:
             return step < self.max_steps
-        return self.elapsed() + self.step_seconds + extra_seconds < self.seconds
+        return self.elapsed() + self._pending_steps * self.step_seconds + extra_seconds < self.seconds
 
 
 class Cadence:
@@ -159,53 +197,3 @@ class Cadence:
     def is_due(self, progress: float) -> bool:
         """Whether a mark lies between the last :meth:`skip_to` and ``progress``."""
         return self._marks_until(progress) > self._passed
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What rank 0 decides at a step boundary."""
-
-    progress: float
-    schedule_position: float
-    stop: bool
-    validate: bool
-    save: bool
-
-
-class Director:
-    """Rank 0's decisions, the same on every rank."""
-
-    def __init__(self, budget: Budget, validation: Cadence, checkpoint: Cadence, group: dist.ProcessGroup) -> None:
-        self._budget = budget
-        self._validation = validation
-        self._checkpoint = checkpoint
-        self._group = group
-        self._slowest = {"validate": 0.0, "save": 0.0}
-
-    def decide(self, step: int) -> Decision:
-        """What happens at the boundary before step number ``step`` (from 0); validating and saving follow that step."""
-        values = torch.tensor(astuple(self._decide(step)), dtype=torch.float64)
-        dist.broadcast(values, src=0, group=self._group)
-        progress, position, stop, validate, save = values.tolist()
-        for cadence, happens in ((self._validation, validate), (self._checkpoint, save)):
-            if happens:
-                cadence.skip_to(progress)
-        return Decision(progress, position, bool(stop), bool(validate), bool(save))
-
-    def record(self, action: str, seconds: float) -> None:
-        """Tell how long a validation or a checkpoint (``validate``, ``save``) took, so that none starts too late."""
-        self._slowest[action] = max(self._slowest[action], seconds)
-
-    def _decide(self, step: int) -> Decision:
-        progress = self._budget.progress(step)
-        validate_seconds, save_seconds = self._slowest["validate"], self._slowest["save"]
-        validate = self._validation.is_due(progress) and self._budget.has_room_for(step, validate_seconds)
-        validation_seconds = validate_seconds if validate else 0.0
-        return Decision(
-            progress=progress,
-            schedule_position=self._budget.schedule_position(progress),
-            stop=not self._budget.has_room_for(step),
-            validate=validate,
-            save=self._checkpoint.is_due(progress)
-            and self._budget.has_room_for(step, validation_seconds + save_seconds),
-        )

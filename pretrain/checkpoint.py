@@ -3,8 +3,10 @@
 A checkpoint needs nothing outside itself to become a model folder: the tokenizer and the run's record are in it.
 """
 
+import math
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:  # what only reads a checkpoint does without DeepSpeed
 
 _CHECKPOINTS_FOLDER = "checkpoints"
 RECORD_FILE = "pretraining.json"
-_LATEST_FILE = "latest"
+_LATEST_FILE, _BEST_FILE = "latest", "best"
 _STATE_FILE = "state.json"
 _WRITING = "writing"
 _NOT_OURS = "this is not a checkpoint of ours"
@@ -49,16 +51,25 @@ class TrainState:
     """Training rows consumed, which is the position in the data."""
     skipped_steps: int
     """Without an update, because fp16 gradients overflowed; their rows are consumed."""
-    elapsed_seconds: float
-    """Budget spent."""
+    spent_seconds: dict[str, float]
+    """Of the budget, by activity."""
     micro_batch_size: int
     step_seconds: float
     """How long the latest steps took."""
+    validation_loss: float | None
+    """Of these very weights, where they have been validated."""
+    best: dict[str, float]
+    """The best loss so far by metric, which rules for an early stop go by."""
     setting: Setting
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Budget spent."""
+        return sum(self.spent_seconds.values())
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest ``keep`` of them.
+    """The checkpoints of one run: the newest ``keep`` of them, and the best of those with a validation loss.
 
     Args:
         output_dir: the run's folder.
@@ -78,34 +89,63 @@ class Checkpoints:
         """The newest whole checkpoint, or None."""
         return latest_checkpoint(self._output_dir)
 
-    def save(self, engine: "PretrainEngine", state: TrainState, record: dict[str, Any]) -> None:
+    def save(
+        self, engine: "PretrainEngine", step: int, state: Callable[[], TrainState], record: dict[str, Any]
+    ) -> bool:
         """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place.
 
-        ``record`` tells, as JSON, how the run has gone so far; the exported model gets it.
-        """
-        name = f"step-{state.step:08d}"
-        if self.latest() != self._folder / name:
-            with errors_of_writing(self._output_dir):
-                self._write(name, engine, state, record)
+        Returns:
+            False where that step is saved already.
 
-    def _write(self, name: str, engine: "PretrainEngine", state: TrainState, record: dict[str, Any]) -> None:
+        Args:
+            engine: whose weights and optimizer.
+            step: of the run.
+            state: asked when all else is written, so that the time of writing is in it.
+            record: tells, as JSON, how the run has gone so far; the exported model gets it.
+        """
+        name = f"step-{step:08d}"
+        if self.latest() == self._folder / name:
+            return False
+        with errors_of_writing(self._output_dir):
+            self._write(name, engine, state, record)
+        return True
+
+    def _write(
+        self, name: str, engine: "PretrainEngine", state: Callable[[], TrainState], record: dict[str, Any]
+    ) -> None:
+        barrier = engine.processes.barrier
         if self._rank == 0:
             shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-        engine.barrier()
+        barrier()
         engine.save(self._folder, _WRITING)
-        engine.barrier()
+        barrier()
         if self._rank == 0:
-            copy_files(self._tokenizer_folder, self._folder / _WRITING / TOKENIZER_FOLDER)
-            write_json(self._folder / _WRITING / RECORD_FILE, record)
-            write_json(self._folder / _WRITING / _STATE_FILE, asdict(state))
-            for path in self._folder.glob("step-*"):
-                if path.name >= name:  # of a start that was killed before it could point there
-                    shutil.rmtree(path)
-            (self._folder / _WRITING).rename(self._folder / name)
-            write_text(self._folder / _LATEST_FILE, name + "\n")
-            self._remove_old()
-        engine.barrier()
+            self._finish(name, state, record)
+        barrier()
+
+    def _finish(self, name: str, state: Callable[[], TrainState], record: dict[str, Any]) -> None:
+        copy_files(self._tokenizer_folder, self._folder / _WRITING / TOKENIZER_FOLDER)
+        write_json(self._folder / _WRITING / RECORD_FILE, record)
+        write_json(self._folder / _WRITING / _STATE_FILE, asdict(state()))
+        for path in self._folder.glob("step-*"):
+            if path.name >= name:  # of a start that was killed before it could point there
+                shutil.rmtree(path)
+        (self._folder / _WRITING).rename(self._folder / name)
+        self._compare_with_best(self._folder / name)
+        write_text(self._folder / _LATEST_FILE, name + "\n")
+        self._remove_old()
+
+    def _compare_with_best(self, checkpoint: Path) -> None:
+        best = best_checkpoint(self._output_dir)
+        if _validation_loss(checkpoint) < (_validation_loss(best) if best else math.inf):
+            write_text(self._folder / _BEST_FILE, checkpoint.name + "\n")
+
+    def set_validation_loss(self, loss: float) -> None:
+        """Tell the newest checkpoint what its weights have come to; rank 0 alone calls it."""
+        newest = self.latest()
+        write_json(newest / _STATE_FILE, asdict(replace(read_state(newest), validation_loss=loss)))
+        self._compare_with_best(newest)
 
     def update_record(self, record: dict[str, Any]) -> None:
         """Put what has been learnt since into the newest checkpoint; rank 0 alone calls it."""
@@ -114,15 +154,30 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         newest_last = sorted(self._folder.glob("step-*"))
+        best = best_checkpoint(self._output_dir)
         for path in newest_last[: -self._keep]:
-            shutil.rmtree(path)
+            if path != best:
+                shutil.rmtree(path)
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint of the run in ``output_dir``, or None."""
-    folder = output_dir / _CHECKPOINTS_FOLDER
-    pointer = folder / _LATEST_FILE
-    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    return _pointed_at(output_dir / _CHECKPOINTS_FOLDER / _LATEST_FILE)
+
+
+def best_checkpoint(output_dir: Path) -> Path | None:
+    """The one with the lowest validation loss among those that were saved right after a validation, or None."""
+    best = _pointed_at(output_dir / _CHECKPOINTS_FOLDER / _BEST_FILE)
+    return best if best and best.exists() else None  # a kill may leave it behind a resume from an earlier step
+
+
+def _pointed_at(pointer: Path) -> Path | None:
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def _validation_loss(checkpoint: Path) -> float:
+    loss = read_state(checkpoint).validation_loss
+    return math.inf if loss is None else loss
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -133,11 +188,13 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """``folder`` if it is a checkpoint, or the newest one of a run's folder.
+    """``folder`` if it is a checkpoint, the newest one of a run's folder, or what ``latest`` or ``best`` point at.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is nothing of these.
     """
+    if folder.is_file() and folder.name in (_LATEST_FILE, _BEST_FILE):
+        folder = _pointed_at(folder)
     require_folder(folder, "checkpoint")
     newest = latest_checkpoint(folder)
     if newest is None and not (folder / _STATE_FILE).exists():

@@ -6,8 +6,10 @@ from typing import Literal
 
 from pretrain.architecture import ModelConfig
 from pretrain.budget import Cadence, parse_duration, share_of_run
+from pretrain.early_stop import TWENTY_FOUR_HOUR_BERT, StopRule
 from pretrain.kernels import Kernels
 from pretrain.optimizer import OptimizerConfig
+from pretrain.schedule import Schedule
 
 _LARGEST_BATCH = 2**20  # every process reads a step's rows into memory
 _EARLY_SHARE = 0.05  # Izsak et al. 2021: validation is denser in the first 5 % of the run
@@ -27,6 +29,9 @@ class PretrainConfig:
     """length of the run in optimizer steps instead of time"""
     schedule_length: str | None = None
     """length of the learning rate's schedule when it is longer than the run; default: the budget"""
+    schedule: Schedule = "linear"
+    """the learning rate's way down after the warmup: linear, cosine, wsd (constant, then one minus a square root over
+    the last fifth) or exponential"""
     train_batch_size: int = 4096
     """sequences a step over all processes"""
     micro_batch_size: int | Literal["auto"] = "auto"
@@ -44,7 +49,15 @@ class PretrainConfig:
     checkpoint_interval: str = "30m"
     """time or share of the run between checkpoints"""
     checkpoints_kept: int = 2
-    """newest checkpoints to keep"""
+    """newest checkpoints to keep; the one with the best validation loss stays besides"""
+    export_at: list[float] = field(default_factory=list)
+    """shares of the budget at which the model is exported to exports/, like [0.25, 0.5, 0.75]"""
+    early_stop: list[StopRule] | Literal["24hbert"] = field(default_factory=list)
+    """rules (after, metric, bound) by which a run that does not do well ends; 24hbert: validation loss 6.0 after 3h"""
+    preemption_margin: str = "2m"
+    """how long before the end of a Slurm allocation to save and leave"""
+    hang_timeout: str = "10m"
+    """for how long a process may keep the others waiting until it is taken to hang, which ends the run"""
     log_interval: int = 10
     """steps between lines of metrics.jsonl"""
     kernels: Kernels = "auto"
@@ -74,6 +87,12 @@ class PretrainConfig:
             raise ValueError(f"train_batch_size must be at most {_LARGEST_BATCH}, not {self.train_batch_size}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        if marks := [mark for mark in self.export_at if not 0 < mark < 1]:
+            raise ValueError(f"export_at {marks[0]} is not a share between 0 and 1")
+        for duration in (self.preemption_margin, self.hang_timeout):
+            parse_duration(duration)
+        for rule in self.stop_rules:
+            share_of_run(rule.after, self.budget_seconds)
         if self.schedule_scale < 1:
             raise ValueError(f"schedule_length {self.schedule_length} is shorter than time_budget {self.time_budget}")
         self.cadences()
@@ -91,6 +110,11 @@ class PretrainConfig:
         if self.budget_seconds is None:
             raise ValueError("schedule_length needs a time_budget")
         return parse_duration(self.schedule_length) / self.budget_seconds
+
+    @property
+    def stop_rules(self) -> tuple[StopRule, ...]:
+        """The rules for an early stop, a preset's resolved."""
+        return TWENTY_FOUR_HOUR_BERT if self.early_stop == "24hbert" else tuple(self.early_stop)
 
     def cadences(self) -> tuple[Cadence, Cadence]:
         """When to validate and when to save."""

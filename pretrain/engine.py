@@ -1,8 +1,7 @@
-"""DeepSpeed: processes, precision, gradient accumulation, communication, checkpoint files. Nothing else imports it."""
+"""DeepSpeed: precision, gradient accumulation, communication, checkpoint files. Nothing else imports it."""
 
 import logging
 import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 import deepspeed
 import pydantic
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -24,6 +22,7 @@ from common.errors import UserError
 from pretrain.batch_plan import BatchPlan
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch
+from pretrain.processes import Processes
 
 _LOSS_SCALE_AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's words
 _MINIMUM_LOSS_SCALE = 1.0
@@ -34,59 +33,6 @@ _STUCK_LOSS_SCALE = (
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among the others."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    cpu_group: dist.ProcessGroup
-    """For decisions and sums on the CPU, which never wait for the GPU."""
-
-    @property
-    def hardware(self) -> str:
-        """What the run computes on, in a few words."""
-        if self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            name = f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
-        else:
-            name = torch.cuda.get_device_name(self.device)
-        return f"{self.world_size} x {name}"
-
-
-def start_processes() -> Processes:
-    """Join the other processes of this run; one process when no launcher (deepspeed, torchrun) has set any up."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single, MASTER_PORT=str(_free_port()))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-    # DeepSpeed would compile a shared-memory op for CPU processes here. A kill meanwhile leaves a lock file at which
-    # every later start waits for ever; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
-    return Processes(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
-
-
-def stop_processes() -> None:
-    """Leave the other processes in good order."""
-    dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass(frozen=True)
 class StepResult:
     """What a training step came to."""
 
@@ -94,12 +40,20 @@ class StepResult:
     """Over this rank's predictions: a detached scalar on the device."""
     applied: bool
     """False where fp16 gradients overflowed, so that the weights stayed as they were. The same on all ranks."""
+    is_timed: bool
+    """Whether the call has lasted as long as a step runs; not so where it only filled a GPU's empty queue."""
 
 
 def _initialize(
     model: MaskedLanguageModel, optimizer: torch.optim.Optimizer, config: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile a shared-memory op for CPU processes here. A kill meanwhile leaves a lock file at which
+    # every later start waits for ever; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where nothing has been launched
     try:
+        deepspeed.init_distributed()  # the processes have met by now: DeepSpeed joins what they have
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     except (pydantic.ValidationError, DeepSpeedConfigError) as error:
         raise UserError(f"DeepSpeed refuses ds_config: {' '.join(str(error).split())}") from None
@@ -107,7 +61,11 @@ def _initialize(
 
 
 class PretrainEngine:
-    """The model on DeepSpeed's engine, one method a training step."""
+    """The model on DeepSpeed's engine, one method a training step.
+
+    On a GPU a step is queued while the one before still runs, so that the device never waits for the host; a step's
+    call returns when the one before has ended. On a CPU it returns when the step has.
+    """
 
     def __init__(
         self,
@@ -119,6 +77,9 @@ class PretrainEngine:
         processes: Processes,
     ) -> None:
         self._processes = processes
+        self._on_gpu = processes.device.type == "cuda"
+        self._step_before: torch.cuda.Event | None = None
+        """The end of the step that the device may still run."""
         self._engine = _initialize(
             model,
             optimizer,
@@ -140,9 +101,9 @@ class PretrainEngine:
         return self._engine.module
 
     @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self._processes.world_size
+    def processes(self) -> Processes:
+        """Whom it computes with."""
+        return self._processes
 
     def train_step(
         self, micro_batches: list[MicroBatch], num_predictions: int, lr_multiplier: float, dropout_seed: int
@@ -172,9 +133,21 @@ class PretrainEngine:
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
         applied = self._update()
-        if self._processes.device.type == "cuda":
-            torch.cuda.synchronize()  # the clock is read next, and queued work is not done work
-        return StepResult(total, applied)
+        return StepResult(total, applied, self._wait_for_the_step_before() if self._on_gpu else True)
+
+    def _wait_for_the_step_before(self) -> bool:
+        """Whether there was one."""
+        before, self._step_before = self._step_before, torch.cuda.Event()
+        self._step_before.record()
+        if before:
+            before.synchronize()
+        return before is not None
+
+    def finish(self) -> None:
+        """Wait for the step that the device may still run."""
+        if self._step_before:
+            self._step_before.synchronize()
+            self._step_before = None
 
     def _update(self) -> bool:
         """Let the optimizer step; False where fp16 gradients overflowed and the loss scale went down instead."""
@@ -196,28 +169,21 @@ class PretrainEngine:
         return self._engine.torch_autocast_z0_gradscaler
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[MicroBatch, int]]) -> float:
-        """Mean loss in nats over all predictions of ``batches`` (and how many each has) on all ranks."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, float]:
+        """The summed loss in nats over this rank's ``micro_batches``, and how many predictions are right."""
         self._engine.eval()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._processes.device)
-        total_predictions = 0
-        for micro_batch, num_predictions in batches:
-            loss_sum += self._engine(*micro_batch.model_inputs(self._processes.device)).double()
-            total_predictions += num_predictions
-        totals = self.sum_over_ranks(loss_sum.item(), total_predictions)
-        return totals[0] / max(1.0, totals[1])
+        totals = torch.zeros(2, dtype=torch.float64, device=self._processes.device)
+        for micro_batch in micro_batches:
+            inputs = micro_batch.model_inputs(self._processes.device)
+            totals += torch.stack(self._engine(*inputs, count_correct=True)).double()
+        loss_sum, correct = totals.tolist()
+        return loss_sum, correct
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
         """Whether no weight is NaN or infinite. All ranks hold the same."""
         norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
         return bool(torch.isfinite(torch.stack(norms)).all())
-
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        """Each value's sum over all ranks."""
-        totals = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(totals, group=self._processes.cpu_group)
-        return totals.tolist()
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's checkpoint files to ``folder/tag``; every rank calls it."""
@@ -232,7 +198,3 @@ class PretrainEngine:
         _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
         if self._loss_scaler and "loss_scaler" in ours:
             self._loss_scaler.load_state_dict(ours["loss_scaler"])
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(group=self._processes.cpu_group)

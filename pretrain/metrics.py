@@ -16,8 +16,8 @@ from tqdm import tqdm
 from common.folders import errors_of_writing
 from pretrain.architecture import Architecture
 from pretrain.batches import Workload
-from pretrain.engine import PretrainEngine
 from pretrain.flops import model_flops
+from pretrain.processes import Processes
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -58,13 +58,15 @@ class MetricsWriter:
     def show(self, spent: float, **values: str) -> None:
         """Move the progress bar to ``spent`` of the budget."""
         if self._active:
-            self._bar.set_postfix(values, refresh=False)
-            self._bar.update(spent - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix(values, refresh=False)
+                self._bar.update(spent - self._bar.n)
 
     def say(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""
         if self._active:
-            self._bar.write(line)
+            with contextlib.suppress(OSError):  # whoever read it may be gone, and the run goes on
+                self._bar.write(line)
 
     def close(self) -> None:
         """Close file, board and bar."""
@@ -134,18 +136,18 @@ class StepAverages:
         self._loss_sums.append(loss_sum)
         self._workloads.append(workload)
 
-    def flush(self, engine: PretrainEngine, wait_seconds: float) -> StepFigures | None:
+    def flush(self, processes: Processes, wait_seconds: float) -> StepFigures | None:
         """The figures since the last call, None when no step was counted; every rank calls it.
 
         Args:
-            engine: adds up over ranks.
+            processes: add up over ranks.
             wait_seconds: that this rank's steps have waited for data, since its start.
         """
         if not self._loss_sums:
             return None
         seconds = time.perf_counter() - self._started
         waited, self._wait_seconds_before = wait_seconds - self._wait_seconds_before, wait_seconds
-        *loss_sums, waited_by_all = engine.sum_over_ranks(*torch.stack(self._loss_sums).tolist(), waited)
+        *loss_sums, waited_by_all = processes.sum(*torch.stack(self._loss_sums).tolist(), waited)
         work = Workload.sum(self._workloads)
         figures = StepFigures(
             losses=[total / max(1, step.predictions) for total, step in zip(loss_sums, self._workloads, strict=True)],
@@ -153,7 +155,7 @@ class StepAverages:
             sequences_per_second=work.sequences / seconds,
             tokens_per_second=work.tokens / seconds,
             flop_utilisation=model_flops(self._architecture, work) / seconds / self._peak_flops,
-            wait_share=waited_by_all / engine.world_size / seconds,
+            wait_share=waited_by_all / processes.world_size / seconds,
             memory_gigabytes=peak_memory_gigabytes(),
         )
         self._reset()

@@ -2,20 +2,25 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
+from common.errors import UserError
 from data_prep.shards import Manifest, SplitReader
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import shape_of_micro_batches
 from pretrain.model import MaskedLanguageModel
 from pretrain.packing import MicroBatch, pack
+from pretrain.processes import Processes
 
 _FIRST_TRIED = 8
 _SPACING = 1.5  # between sizes worth trying
 _TIMED_PASSES = 3
 _WORTH_GROWING = 1.02  # below this gain in sequences a second, a larger size only costs memory
 _MEMORY_HEADROOM = 0.05  # of a GPU's memory, which fragments and which other libraries use, too
+_SEARCH_SHARE = 0.02  # of the budget
+_SEARCH_SECONDS = 120.0  # at most
 
 
 class MicroBatchTrials:
@@ -132,3 +137,35 @@ class MicroBatchTrials:
             total = torch.cuda.get_device_properties(self._device).total_memory
             reserved.append(torch.empty(int(_MEMORY_HEADROOM * total), dtype=torch.uint8, device=self._device))
         return reserved
+
+
+@dataclass(frozen=True)
+class MicroBatchChoice:
+    """What the search has come to."""
+
+    size: int
+    """The fastest that fits on all ranks."""
+    speeds: dict[int, float]
+    """Sequences a second on the slowest process, by size."""
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{size}: {speed}" for size, speed in self.speeds.items())
+        return f"sequences a second on a process by size: {listed}"
+
+
+def choose_micro_batch_size(
+    trials: MicroBatchTrials, processes: Processes, budget_seconds: float | None
+) -> MicroBatchChoice:
+    """The fastest size that fits on all ranks; every rank calls it.
+
+    Raises:
+        UserError: not even one sequence fits.
+    """
+    allowed = min(_SEARCH_SECONDS, _SEARCH_SHARE * budget_seconds) if budget_seconds else float("inf")
+    sizes, own = trials.sizes(), trials.speeds(allowed)
+    largest, *speeds = processes.minimum(max(own, default=0), *(own.get(size, 0.0) for size in sizes))
+    if not largest:
+        raise UserError("out of memory with micro-batches of one sequence: take a smaller model or max_seq_length")
+    tried = {size: round(speed, 1) for size, speed in zip(sizes, speeds, strict=True) if speed}
+    # Ranks of unequal memory may have tried no size in common: what fits the smallest fits all.
+    return MicroBatchChoice(max(tried, key=tried.__getitem__, default=int(largest)), tried)

@@ -147,8 +147,11 @@ class MaskedLanguageModel(nn.Module):
         masked_lm_positions: torch.Tensor,
         masked_lm_ids: torch.Tensor,
         max_seq_length: int | None = None,
-    ) -> torch.Tensor:
+        count_correct: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The summed cross-entropy of the predictions, in nats (a scalar, in float32 or better).
+
+        With ``count_correct`` also how many predictions are right (a scalar).
 
         Args:
             input_ids: int64; packed [slots], the sequences end to end and the last slot unused; padded [sequences,
@@ -158,8 +161,12 @@ class MaskedLanguageModel(nn.Module):
                 anywhere.
             masked_lm_ids: int64, [predictions]: the original tokens, ``NO_LABEL`` where unused.
             max_seq_length: packed only: the longest that a sequence can be.
+            count_correct: whether to count them.
         """
         hidden = self.encode(input_ids, sequence_length, max_seq_length)
         logits = self.predict(hidden, masked_lm_positions)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, masked_lm_ids, ignore_index=NO_LABEL, reduction="sum")
+        loss_sum = F.cross_entropy(logits, masked_lm_ids, ignore_index=NO_LABEL, reduction="sum")
+        if not count_correct:
+            return loss_sum
+        return loss_sum, (logits.argmax(dim=-1) == masked_lm_ids).sum()

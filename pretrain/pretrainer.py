@@ -1,6 +1,7 @@
 """One process's part of a pretraining run: steps until the budget ends, then the model folder."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,31 +10,40 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.folders import errors_of_writing, write_json
+from common.folders import errors_of_writing
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan
-from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation_batches
-from pretrain.budget import Budget, Decision, Director
+from pretrain.batches import TrainingBatches, shape_of_micro_batches
+from pretrain.budget import Budget
 from pretrain.checkpoint import Checkpoints, Setting, TrainState, latest_checkpoint, load_weights
 from pretrain.config import PretrainConfig
+from pretrain.director import Decision, Director
 from pretrain.ds_config import autocast_dtype
-from pretrain.engine import PretrainEngine, Processes
+from pretrain.early_stop import EarlyStop
+from pretrain.engine import PretrainEngine
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
 from pretrain.init_from import load_pretrained
+from pretrain.interruptions import INTERRUPTIONS, Interruptions
 from pretrain.kernels import apply_kernels
 from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
-from pretrain.micro_batch import MicroBatchTrials
+from pretrain.micro_batch import MicroBatchTrials, choose_micro_batch_size
 from pretrain.model import MaskedLanguageModel
 from pretrain.model_card import data_facts, software_facts
 from pretrain.optimizer import build_optimizer
+from pretrain.processes import Processes
 from pretrain.schedule import lr_multiplier
+from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
+from pretrain.validation import Validation, ValidationFigures
+from pretrain.watch import Phase, Watch
 
-SUMMARY_FILE = "summary.json"
-MODEL_FOLDER = "hf"
-_MICRO_BATCH_SEARCH_SHARE = 0.02  # of the budget
-_MICRO_BATCH_SEARCH_SECONDS = 120.0  # at most
+EXPORTS_FOLDER = "exports"
+_GRACE_SECONDS = 30.0  # launchers kill so long after SIGTERM
+
+
+class Diverged(UserError):
+    """The loss or the weights are no numbers any more."""
 
 
 class Pretrainer:
@@ -42,31 +52,45 @@ class Pretrainer:
     def __init__(
         self,
         config: PretrainConfig,
-        architecture: Architecture,
         ds_config: dict[str, Any],
         manifest: Manifest,
         output_dir: Path,
         setting: Setting,
         state: TrainState | None,
         processes: Processes,
+        watch: Watch,
+        interruptions: Interruptions,
     ) -> None:
         self._config = config
-        self._architecture = architecture
+        self._architecture = Architecture(**setting.architecture)
         self._ds_config = ds_config
         self._manifest = manifest
         self._output_dir = output_dir
         self._setting = setting
         self._processes = processes
+        self._watch = watch
         self._state = state
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
-        elapsed, step_seconds = (state.elapsed_seconds, state.step_seconds) if state else (0.0, 0.0)
-        self._budget = Budget(config.budget_seconds, config.max_steps, config.schedule_scale, elapsed, step_seconds)
+        self._validated: tuple[int, ValidationFigures] | None = None
+        self._stopped_early: str | None = None
+        self._early_stop = EarlyStop(config.stop_rules, config.budget_seconds, state.best if state else {})
+        self._budget = Budget(
+            config.budget_seconds,
+            config.max_steps,
+            config.schedule_scale,
+            state.spent_seconds if state else None,
+            state.step_seconds if state else 0.0,
+            steps_in_flight=int(processes.device.type == "cuda"),
+        )
         validation, saving = config.cadences()
         for cadence in (validation, saving):
             cadence.skip_to(self._budget.progress(self._step))
-        self._director = Director(self._budget, validation, saving, processes.cpu_group)
+        marks = {n: mark for n, mark in enumerate(config.export_at, 1) if not self._export_folder(n).exists()}
+        self._director = Director(
+            self._budget, validation, saving, marks, interruptions.pending, processes.maximum, processes.rank
+        )
         self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
         self._facts = {"data": data_facts(manifest), "software": software_facts()}
 
@@ -89,10 +113,12 @@ class Pretrainer:
             self._config.seed,
             self._sequences_seen,
         )
+        self._validation = Validation(self._manifest, self._plan, self._engine)
         dtype = autocast_dtype(self._ds_config) or torch.float32
         peak_flops = matrix_product_rate(self._processes.device, dtype) * self._processes.world_size
         self._averages = StepAverages(self._architecture, peak_flops)
         self._metrics.say(f"matrix products in {str(dtype).removeprefix('torch.')}: {peak_flops / 1e12:.2f} TFLOP/s")
+        self._budget.charge("starting")
 
     def _prepare_model(self, checkpoint: Path | None) -> None:
         config, processes = self._config, self._processes
@@ -117,16 +143,6 @@ class Pretrainer:
         if checkpoint:
             load_weights(self._engine, checkpoint)
 
-    def train(self) -> None:
-        """Train until the budget ends, then write the model folder and the summary."""
-        while not (decision := self._director.decide(self._step)).stop:
-            self._train_step(decision)
-            if decision.validate:
-                self._timed("validate", self._validate)
-            if decision.save:
-                self._timed("save", self._save)
-        self._close()
-
     def _micro_batch_size(self) -> int:
         """As configured, as the run had it before, or the fastest."""
         size = self._config.micro_batch_size
@@ -135,43 +151,61 @@ class Pretrainer:
         kept = self._state.micro_batch_size if self._state else 0
         if kept and self._config.train_batch_size % (kept * self._processes.world_size) == 0:
             return kept
-        return self._search_micro_batch_size()
-
-    def _search_micro_batch_size(self) -> int:
-        """The fastest size that fits on all ranks."""
-        started, sizes = time.perf_counter(), self._trials.sizes()
-        budget = self._config.budget_seconds
-        allowed = min(_MICRO_BATCH_SEARCH_SECONDS, _MICRO_BATCH_SEARCH_SHARE * budget) if budget else np.inf
-        own = self._trials.speeds(allowed)
-        largest, *speeds = self._smallest_over_ranks(max(own, default=0), *(own.get(size, 0.0) for size in sizes))
-        if not largest:
-            raise UserError("out of memory with micro-batches of one sequence: take a smaller model or max_seq_length")
-        tried = {size: round(speed, 1) for size, speed in zip(sizes, speeds, strict=True) if speed}
-        # Ranks of unequal memory may have tried no size in common: what fits the smallest fits all.
-        fastest = max(tried, key=tried.__getitem__, default=int(largest))
+        self._budget.charge("starting")
+        started = time.perf_counter()
+        choice = choose_micro_batch_size(self._trials, self._processes, self._config.budget_seconds)
         seconds = time.perf_counter() - started
-        self._metrics.write(
-            "micro_batch_search",
-            self._step,
-            self._budget.elapsed(),
-            micro_batch_size=fastest,
-            seconds=round(seconds, 3),
-        )
-        listed = ", ".join(f"{size}: {speed}" for size, speed in tried.items())
-        self._metrics.say(
-            f"micro_batch_size {fastest}, found in {seconds:.1f} s; sequences a second on a process by size: {listed}"
-        )
-        return fastest
+        self._budget.charge("micro_batch_search")
+        self._write("micro_batch_search", micro_batch_size=choice.size, seconds=round(seconds, 3))
+        self._metrics.say(f"micro_batch_size {choice.size}, found in {seconds:.1f} s; {choice}")
+        return choice.size
 
-    def _smallest_over_ranks(self, *values: float) -> list[float]:
-        smallest = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._processes.cpu_group)
-        return smallest.tolist()
+    def train(self) -> str:
+        """Train until the budget ends, then write the model folder and the summary; or leave early, all saved.
+
+        Returns:
+            why the run has ended, one of the values of ``stopped_by`` in ``summary.json``.
+
+        Raises:
+            Diverged: the last good checkpoint is kept.
+        """
+        try:
+            stopped_by = self._train_until_stopped()
+            if stopped_by in INTERRUPTIONS:
+                self._leave(stopped_by)
+            else:
+                self._close(stopped_by)
+        except Diverged as error:
+            self._write_summary(DIVERGED, str(error))
+            raise
+        finally:
+            self._batches.close()
+        self._metrics.close()
+        self._processes.barrier()
+        return stopped_by
+
+    def _train_until_stopped(self) -> str:
+        while not self._stopped_early:
+            self._watch.enter("training", self._step)
+            decision = self._director.decide(self._step)
+            if decision.stopped_by:
+                return decision.stopped_by
+            self._train_step(decision)
+            if decision.validate:
+                self._timed("validate", "validation", self._validate)
+            if decision.save:
+                self._timed("save", "saving", self._save)
+            if decision.export:
+                self._timed("export", "saving", lambda mark=decision.export: self._export(mark))
+        return "early_stop"
 
     def _train_step(self, decision: Decision) -> None:
         started = time.perf_counter()
-        multiplier = lr_multiplier(decision.schedule_position, self._config.warmup_proportion)
+        multiplier = lr_multiplier(decision.schedule_position, self._config.warmup_proportion, self._config.schedule)
+        self._watch.enter("training", self._step, "reading data")
         batch = self._batches.next_batch()
+        self._budget.charge("data_wait")
+        self._watch.enter("training", self._step)
         try:
             result = self._engine.train_step(
                 batch.micro_batches, batch.workload.predictions, multiplier, self._dropout_seed()
@@ -180,14 +214,16 @@ class Pretrainer:
             result = None  # no more than this here: the exception holds the memory of the failed pass
         if result is None:
             raise self._out_of_memory()
+        self._budget.charge("training" if self._budget.is_warmed_up else "compile")
         self._sequences_seen += self._plan.train_batch_size
+        if result.is_timed:
+            self._budget.record_step(time.perf_counter() - started)
         if not result.applied:
             self._skipped_steps += 1
             return
         self._step += 1
         self._progress, self._learning_rate = decision.progress, multiplier * self._config.optimizer.learning_rate
         self._averages.add(result.loss_sum, batch.workload)
-        self._budget.record_step(time.perf_counter() - started)
         if self._step % self._config.log_interval == 0:
             self._log()
 
@@ -203,24 +239,31 @@ class Pretrainer:
         sequence = np.random.SeedSequence([self._config.seed, self._step, self._processes.rank])
         return int(sequence.generate_state(1)[0])
 
+    def _write(self, event: str, **values: Any) -> None:
+        self._metrics.write(event, self._step, self._budget.elapsed(), **values)
+
     def _log(self) -> None:
         """Write what the steps since the last line have measured; every rank calls it."""
-        figures = self._averages.flush(self._engine, self._batches.wait_seconds)
+        figures = self._averages.flush(self._processes, self._batches.wait_seconds)
         if not figures:
             return
         self._stop_if_diverged(figures)
-        self._metrics.write(
+        self._write(
             "train",
-            self._step,
-            self._budget.elapsed(),
             epoch=round(self._batches.epochs(self._sequences_seen), 4),
             learning_rate=self._learning_rate,
             progress=self._progress,
             skipped_steps=self._skipped_steps,
             **figures.as_metrics(),
         )
-        rate = f"{figures.sequences_per_second:.0f}/s"
-        self._metrics.show(self._budget.spent(self._step), loss=f"{figures.loss:.3f}", sequences=rate)
+        self._stopped_early = self._stopped_early or self._early_stop.check("train_loss", figures.loss, self._progress)
+        self._metrics.show(
+            self._budget.spent(self._step),
+            loss=f"{figures.loss:.3f}",
+            lr=f"{self._learning_rate:.2e}",
+            sequences=f"{figures.sequences_per_second:.0f}/s",
+            utilisation=f"{figures.flop_utilisation:.0%}",
+        )
 
     def _stop_if_diverged(self, figures: StepFigures) -> None:
         first_logged = self._step - len(figures.losses) + 1
@@ -228,43 +271,95 @@ class Pretrainer:
             if not np.isfinite(loss):
                 raise self._divergence(f"the loss is {loss} at step {step}")
 
-    def _divergence(self, what: str) -> UserError:
+    def _divergence(self, what: str) -> Diverged:
         kept = self._checkpoints.latest()
         good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        return UserError(f"{what}: training diverged; {good}; try a lower learning rate or a longer warmup")
+        return Diverged(f"{what}: training diverged; {good}; try a lower learning rate or a longer warmup")
 
-    def _timed(self, action: str, function: Any) -> None:
+    def _timed(self, action: str, phase: Phase, function: Callable[[], Any]) -> None:
+        """Do what interrupts the steps, on time that is counted as its own."""
+        self._engine.finish()
+        self._log()  # stops a run that has diverged
+        self._budget.charge("training")
+        self._watch.enter(phase, self._step)
         started = time.perf_counter()
         function()
         self._director.record(action, time.perf_counter() - started)
         self._averages.start_clock()  # the pause is no part of the steps' speed
 
-    def _validate(self) -> float:
-        self._log()  # stops a run that has diverged
-        batches = validation_batches(self._manifest, self._shape, self._processes.rank, self._processes.world_size)
-        loss = self._engine.evaluate(batches)
-        if not np.isfinite(loss):
-            raise self._divergence(f"the validation loss is {loss} after step {self._step}")
-        elapsed = self._budget.elapsed()
-        self._metrics.write("validation", self._step, elapsed, loss=loss, progress=self._budget.progress(self._step))
-        self._metrics.say(f"step {self._step}, {elapsed:.0f} s: validation loss {loss:.4f}")
-        return loss
+    def _validate(self, phase: Phase = "validation") -> None:
+        def go_on() -> bool:
+            self._watch.enter(phase, self._step)
+            return phase == "closing" or not self._director.interrupted()
+
+        started = time.perf_counter()
+        figures = self._validation.run(go_on)
+        self._budget.charge("validation")
+        if figures is None:
+            return
+        if not np.isfinite(figures.loss):
+            raise self._divergence(f"the validation loss is {figures.loss} after step {self._step}")
+        self._validated = self._step, figures
+        progress = self._budget.progress(self._step)
+        self._write(
+            "validation",
+            loss=figures.loss,
+            accuracy=round(figures.accuracy, 6),
+            perplexity=round(figures.perplexity, 4),
+            progress=progress,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        self._metrics.say(
+            f"step {self._step}, {self._budget.elapsed():.0f} s: validation loss {figures.loss:.4f}, "
+            f"perplexity {figures.perplexity:.2f}, accuracy {figures.accuracy:.2%}"
+        )
+        if phase != "closing":
+            self._stopped_early = self._early_stop.check("validation_loss", figures.loss, progress)
 
     def _save(self) -> None:
-        self._log()  # stops a run that has diverged before its weights replace good ones
         if not self._engine.has_finite_weights():
             raise self._divergence(f"weights are not finite after step {self._step}")
-        self._checkpoints.save(self._engine, self._current_state(), self._record())
-        self._metrics.write("checkpoint", self._step, self._budget.elapsed())
+        started = time.perf_counter()
+        if not self._checkpoints.save(self._engine, self._step, self._current_state, self._record()):
+            return
+        self._budget.charge("checkpoints")
+        seconds = time.perf_counter() - started
+        self._write("checkpoint", progress=self._budget.progress(self._step), seconds=round(seconds, 3))
+        if seconds + self._budget.step_seconds > _GRACE_SECONDS:
+            self._metrics.say(
+                f"a step and a checkpoint take {seconds + self._budget.step_seconds:.0f} s, and launchers kill "
+                f"{_GRACE_SECONDS:.0f} s after SIGTERM: have SIGUSR1 sent earlier, see docs/running.md"
+            )
+
+    def _export_folder(self, number: int) -> Path:
+        return self._output_dir / EXPORTS_FOLDER / f"{100 * self._config.export_at[number - 1]:g}-percent"
+
+    def _export(self, number: int) -> None:
+        """The model at a mark of ``export_at``, from a checkpoint made for it."""
+        self._save()
+        started = time.perf_counter()
+        folder = self._export_folder(number)
+        if self._processes.rank == 0:
+            export(latest_checkpoint(self._output_dir), folder)
+        self._processes.barrier()
+        self._budget.charge("exports")
+        seconds = round(time.perf_counter() - started, 3)
+        mark = self._config.export_at[number - 1]
+        self._write("export", mark=mark, folder=str(folder.relative_to(self._output_dir)), seconds=seconds)
+        self._metrics.say(f"step {self._step}: the model after {mark:.0%} of the budget is in {folder}")
 
     def _current_state(self) -> TrainState:
+        self._budget.charge("checkpoints")
+        validated_here = self._validated is not None and self._validated[0] == self._step
         return TrainState(
             step=self._step,
             sequences_seen=self._sequences_seen,
             skipped_steps=self._skipped_steps,
-            elapsed_seconds=self._budget.elapsed(),
+            spent_seconds=self._budget.spent_seconds(),
             micro_batch_size=self._plan.micro_batch_size,
             step_seconds=self._budget.step_seconds,
+            validation_loss=self._validated[1].loss if validated_here else None,
+            best=self._early_stop.best,
             setting=self._setting,
         )
 
@@ -281,6 +376,7 @@ class Pretrainer:
             "lost_seconds": round(lost_seconds(self._output_dir), 3),
             "train_batch_size": self._plan.train_batch_size,
             "micro_batch_size": self._plan.micro_batch_size,
+            "world_size": self._processes.world_size,
             "hardware": self._processes.hardware,
             "manifest_sha256": self._manifest.sha256,
         }
@@ -291,6 +387,7 @@ class Pretrainer:
         training = {
             "init_from": config.init_from and "/".join(Path(config.init_from).parts[-2:]),
             "optimizer": asdict(config.optimizer),
+            "schedule": config.schedule,
             "warmup_proportion": config.warmup_proportion,
             "gradient_clipping": config.gradient_clipping,
             "dropout": config.model.hidden_dropout_prob,
@@ -299,29 +396,64 @@ class Pretrainer:
         }
         return {**self._figures(), "training": training, **self._facts, **curves(read_metrics(self._output_dir))}
 
-    def _close(self) -> None:
-        """What follows the last step and is not counted: checkpoint, validation, export, summary."""
-        started = time.perf_counter()
+    def _leave(self, stopped_by: str) -> None:
+        """Save, so that the same command goes on from here."""
+        self._engine.finish()
+        self._log()
+        if self._step:
+            self._watch.enter("saving", self._step)
+            self._budget.charge("training")
+            self._save()
         self._budget.stop()
-        self._batches.close()
-        elapsed = self._budget.elapsed()
+        self._write_summary(stopped_by, None)
+        self._metrics.say(
+            f"stopped by {stopped_by} after step {self._step}, {self._budget.elapsed():.1f} s spent, all saved: "
+            "the same command goes on"
+        )
+
+    def _close(self, stopped_by: str) -> None:
+        """What follows the last step and is not counted: checkpoint, validation, export, summary."""
+        self._engine.finish()
+        self._log()
+        self._budget.stop()
+        started = time.perf_counter()
+        self._watch.enter("closing", self._step)
         self._save()
-        validation_loss = self._validate()
-        summary = {
-            **self._figures(),
-            "stopped_by": "max_steps" if self._config.max_steps else "time_budget",
-            "validation_loss": validation_loss,
-        }
+        self._validate("closing")
+        _, figures = self._validated
+        final = {"validation_loss": figures.loss, "validation_accuracy": round(figures.accuracy, 6)}
+        model_folder = self._output_dir / MODEL_FOLDER
         if self._processes.rank == 0:
             with errors_of_writing(self._output_dir):
-                self._checkpoints.update_record({**summary, **self._record()})
-            export(latest_checkpoint(self._output_dir), self._output_dir / MODEL_FOLDER)
-            summary["closing_seconds"] = round(time.perf_counter() - started, 3)
-            with errors_of_writing(self._output_dir):
-                write_json(self._output_dir / SUMMARY_FILE, summary)
-            self._metrics.say(
-                f"{self._step} steps in {elapsed:.1f} s, validation loss {validation_loss:.4f}: "
-                f"the model is in {self._output_dir / MODEL_FOLDER}"
+                self._checkpoints.set_validation_loss(figures.loss)
+                self._checkpoints.update_record({**self._record(), **final, "stopped_by": stopped_by})
+            export(latest_checkpoint(self._output_dir), model_folder)
+        closing = {"closing_seconds": round(time.perf_counter() - started, 3)}
+        self._write_summary(stopped_by, self._stopped_early, **final, **closing)
+        self._metrics.say(
+            f"{self._step} steps in {self._budget.elapsed():.1f} s, validation loss {figures.loss:.4f}: "
+            f"the model is in {model_folder}"
+        )
+
+    def _write_summary(self, stopped_by: str, because: str | None, **values: Any) -> None:
+        self._write("stop", stopped_by=stopped_by)
+        if because:
+            self._metrics.say(f"{stopped_by}: {because}")
+        if self._processes.rank:
+            return
+        spent = {activity: round(seconds, 3) for activity, seconds in self._budget.spent_seconds().items()}
+        with errors_of_writing(self._output_dir):
+            write_summary(
+                self._output_dir,
+                {
+                    **self._figures(),
+                    "stopped_by": stopped_by,
+                    "stopped_because": because,
+                    "spent_seconds": spent,
+                    "validation_loss": None,
+                    "validation_accuracy": None,
+                    "closing_seconds": 0.0,
+                    **values,
+                },
             )
-        self._metrics.close()
-        self._engine.barrier()
+        self._watch.enter("done", self._step)

@@ -92,7 +92,7 @@ def test_rows_are_never_zeros_and_mask_nothing_but_their_own_tokens(kind) -> Non
 
 
 def test_hugging_faces_side_has_the_same_loss_on_the_same_weights() -> None:
-    hardware = Hardware(Processes(0, 1, CPU, None), str(DS_CONFIGS / "cpu.json"))
+    hardware = Hardware(Processes(0, 1, CPU, None, None), str(DS_CONFIGS / "cpu.json"))
     config = ModelConfig("bert-tiny", "post_ln", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = MaskedLanguageModel(resolve(config, 200, 32, pad_token_id=0))
     batch = to_batch(SMALL.realistic_rows(8, np.random.default_rng(0)), SMALL.padded_shape(8), CPU)

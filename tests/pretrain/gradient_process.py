@@ -17,8 +17,9 @@ from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import PretrainEngine, start_processes, stop_processes
+from pretrain.engine import PretrainEngine
 from pretrain.model import MaskedLanguageModel
+from pretrain.processes import leave, start_processes
 
 
 class Recorder(torch.optim.SGD):
@@ -44,18 +45,16 @@ def main(data_dir: str, slots: str, output: str) -> None:
     batches = TrainingBatches(manifest, plan, shape, processes.rank, processes.device, 42, 0)
     batch = batches.next_batch()
     result = engine.train_step(batch.micro_batches, batch.workload.predictions, 1.0, 0)
-    counts = engine.sum_over_ranks(
-        *(len(batch.micro_batches) * (rank == processes.rank) for rank in range(plan.world_size))
-    )
-    (loss_sum,) = engine.sum_over_ranks(result.loss_sum.item())
+    counts = processes.sum(*(len(batch.micro_batches) * (rank == processes.rank) for rank in range(plan.world_size)))
+    (loss_sum,) = processes.sum(result.loss_sum.item())
     if processes.rank == 0:
         names = [name for name, _ in model.named_parameters()]
         gradients = dict(zip(names, recorder.gradients, strict=True))
         facts = {"micro_batches": torch.tensor(counts), "loss": torch.tensor(loss_sum / batch.workload.predictions)}
         save_file(gradients | facts, output)
     batches.close()
-    engine.barrier()
-    stop_processes()
+    processes.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":

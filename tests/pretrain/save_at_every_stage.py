@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pretrain.architecture import ModelConfig, resolve
 from pretrain.model import MaskedLanguageModel
+from pretrain.processes import leave
 
 _BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,4 +59,4 @@ if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     for setting in SETTINGS:
         save_after_one_step(Path(sys.argv[1]), setting)
-    torch.distributed.destroy_process_group()
+    leave(0)

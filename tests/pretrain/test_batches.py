@@ -13,7 +13,7 @@ from data_prep.config import DataConfig
 from data_prep.documents import Source
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.batch_plan import BatchPlan
-from pretrain.batches import TrainingBatches, shape_of_micro_batches, validation_batches
+from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.packing import MicroBatch
 
 
@@ -110,20 +110,6 @@ def test_waiting_for_data_is_measured(manifest, monkeypatch) -> None:
     batches.next_batch()
     assert batches.wait_seconds > 0.1
     batches.close()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_reads_every_held_out_row_once(manifest, world_size: int) -> None:
-    shape = shape_of_micro_batches(manifest, BatchPlan(48, 4, world_size))
-    seen, predictions = [], 0
-    for rank in range(world_size):
-        for micro_batch, number in validation_batches(manifest, shape, rank, world_size):
-            seen += sequences_of(micro_batch)
-            predictions += number
-    assert sorted(seen) == sorted(all_rows(manifest, "validation"))
-    reader = SplitReader(manifest, "validation")
-    assert predictions == reader.read_range(0, reader.num_rows).sizes.predictions.sum()
-    reader.close()
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_name() -> None:

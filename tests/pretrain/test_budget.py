@@ -1,11 +1,11 @@
 """The budget is kept, whatever the steps do, and marks come when they are due."""
 
+import math
 import random
 
 import pytest
 
-from pretrain.budget import Budget, Cadence, parse_duration, share_of_run
-from pretrain.schedule import lr_multiplier
+from pretrain.budget import ACTIVITIES, Budget, Cadence, parse_duration, share_of_run
 
 
 class FakeClock:
@@ -50,9 +50,25 @@ def test_no_run_overruns_by_more_than_the_jitter_of_a_step(seed: int) -> None:
     assert 60.0 - 2 * 1.1 < budget.elapsed() < 60.0 + 0.2
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_on_its_way_to_the_device_is_counted_before_the_next_one_is_queued(seed: int) -> None:
+    """As on a GPU: when a step is decided on, the one before has only begun to run."""
+    clock, generator = FakeClock(), random.Random(seed)
+    budget = Budget(seconds=60.0, max_steps=None, steps_in_flight=1, clock=clock)
+    budget.start()
+    steps, running = 0, 0.0
+    while budget.has_room_for(steps):
+        clock.now += running  # until the step before has ended; this one begins
+        budget.record_step(running)
+        running = generator.uniform(0.9, 1.1)
+        steps += 1
+    clock.now += running
+    assert 60.0 - 3 * 1.1 < budget.elapsed() < 60.0 + 0.4
+
+
 def test_elapsed_time_continues_over_a_resume_and_time_between_runs_does_not_count() -> None:
     clock = FakeClock()
-    budget = Budget(seconds=100.0, max_steps=None, elapsed_before=40.0, clock=clock)
+    budget = Budget(seconds=100.0, max_steps=None, spent_before={"training": 30.0, "starting": 10.0}, clock=clock)
     clock.now += 5000.0
     assert budget.elapsed() == 40.0
     budget.start()
@@ -61,11 +77,41 @@ def test_elapsed_time_continues_over_a_resume_and_time_between_runs_does_not_cou
     assert budget.progress(step=3) == 0.5
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_second_is_put_down_to_one_activity(seed: int) -> None:
+    clock, generator = FakeClock(), random.Random(seed)
+    budget = Budget(seconds=1e9, max_steps=None, spent_before={"compile": 2.0}, clock=clock)
+    budget.start()
+    expected = dict.fromkeys(ACTIVITIES, 0.0) | {"compile": 2.0}
+    for _ in range(50):
+        activity, seconds = generator.choice(ACTIVITIES), generator.uniform(0, 5)
+        clock.now += seconds
+        budget.charge(activity)
+        expected[activity] += seconds
+    clock.now += 3.0
+    budget.stop()
+    expected["training"] += 3.0
+    clock.now += 7.0  # does not count any more
+    assert budget.spent_seconds() == pytest.approx(expected)
+    assert budget.elapsed() == pytest.approx(math.fsum(expected.values()))
+
+
 def test_a_run_of_steps_has_the_same_interface() -> None:
     budget = Budget(seconds=None, max_steps=4)
     budget.start()
     assert [budget.progress(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [budget.progress_after(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert [budget.has_room_for(step) for step in range(6)] == [True] * 4 + [False] * 2
+
+
+def test_progress_after_a_step_is_where_the_clock_will_stand() -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=100.0, max_steps=None, clock=clock)
+    budget.start()
+    for seconds in (9.0, 2.0, 2.0, 20.0):  # the first one and the odd one tell nothing of the others
+        clock.now += seconds
+        budget.record_step(seconds)
+    assert budget.progress_after(4) == pytest.approx((33.0 + 2.0) / 100.0)
 
 
 def test_a_schedule_longer_than_the_run_ends_early() -> None:
@@ -105,16 +151,6 @@ def test_a_resume_does_not_repeat_marks() -> None:
     assert cadence.is_due(0.61)
 
 
-def test_the_learning_rate_rises_linearly_and_falls_to_exactly_zero() -> None:
-    assert lr_multiplier(0.0, 0.06) == 0.0
-    assert lr_multiplier(0.03, 0.06) == pytest.approx(0.5)
-    assert lr_multiplier(0.06, 0.06) == 1.0
-    assert lr_multiplier(0.53, 0.06) == pytest.approx(0.5)
-    assert lr_multiplier(1.0, 0.06) == 0.0
-    assert lr_multiplier(1.7, 0.06) == 0.0
-    assert lr_multiplier(0.0, 0.0) == 1.0
-
-
 def test_a_slow_first_step_does_not_end_the_run() -> None:
     clock = FakeClock()
     budget = Budget(seconds=150.0, max_steps=None, clock=clock)
@@ -128,5 +164,5 @@ def test_a_slow_first_step_does_not_end_the_run() -> None:
 
 
 def test_a_resume_near_the_end_knows_how_long_a_step_takes() -> None:
-    budget = Budget(seconds=100.0, max_steps=None, elapsed_before=97.0, step_seconds=5.0)
+    budget = Budget(seconds=100.0, max_steps=None, spent_before={"training": 97.0}, step_seconds=5.0)
     assert not budget.has_room_for(20)

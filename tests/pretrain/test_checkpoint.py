@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from pretrain.checkpoint import (
     Checkpoints,
     Setting,
     TrainState,
+    best_checkpoint,
     check_resumable,
+    find_checkpoint,
     latest_checkpoint,
     read_record,
     read_state,
@@ -25,12 +28,11 @@ SETTING = Setting("the data", {"hidden_size": 2}, "adamw", zero_stage=0, world_s
 class FilesOnly:
     """What a DeepSpeed engine at stage 0 leaves in a checkpoint, without the engine."""
 
+    processes = SimpleNamespace(barrier=lambda: None)
+
     def save(self, folder: Path, tag: str) -> None:
         (folder / tag).mkdir()
         torch.save({"module": {"weight": torch.ones(100)}}, folder / tag / "mp_rank_00_model_states.pt")
-
-    def barrier(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -43,8 +45,13 @@ def checkpoints(tmp_path) -> Checkpoints:
     return Checkpoints(tmp_path / "run", tokenizer, keep=2, rank=0)
 
 
-def save(checkpoints: Checkpoints, step: int) -> Path:
-    checkpoints.save(FilesOnly(), TrainState(step, 8 * step, 0, 1.5, 4, 0.1, SETTING), {"steps": step})
+def state(step: int, validation_loss: float | None = None) -> TrainState:
+    spent = {"training": 1.0, "validation": 0.5}
+    return TrainState(step, 8 * step, 0, spent, 4, 0.1, validation_loss, {"train_loss": 3.0}, SETTING)
+
+
+def save(checkpoints: Checkpoints, step: int, validation_loss: float | None = None) -> Path:
+    checkpoints.save(FilesOnly(), step, lambda: state(step, validation_loss), {"steps": step})
     newest = checkpoints.latest()
     assert newest is not None
     return newest
@@ -53,7 +60,8 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
 def test_state_record_and_tokenizer_come_back(checkpoints, tmp_path) -> None:
     checkpoint = save(checkpoints, 3)
     assert latest_checkpoint(tmp_path / "run") == checkpoint
-    assert read_state(checkpoint) == TrainState(3, 24, 0, 1.5, 4, 0.1, SETTING)
+    assert read_state(checkpoint) == state(3)
+    assert read_state(checkpoint).elapsed_seconds == 1.5
     assert read_record(checkpoint) == {"steps": 3}
     copy = checkpoint / "tokenizer" / "tokenizer.json"
     assert copy.read_text() == "{}"
@@ -68,6 +76,30 @@ def test_the_newest_ones_are_kept(checkpoints, tmp_path) -> None:
     assert kept == ["latest", "step-00000005", "step-00000009"]
 
 
+def test_the_best_one_stays_however_old_it_is(checkpoints, tmp_path) -> None:
+    losses = {1: 5.0, 3: 2.0, 5: None, 7: 4.0, 9: None}
+    for step, loss in losses.items():
+        save(checkpoints, step, loss)
+    folder = tmp_path / "run" / "checkpoints"
+    assert best_checkpoint(tmp_path / "run") == find_checkpoint(folder / "best") == folder / "step-00000003"
+    kept = sorted(path.name for path in folder.glob("step-*"))
+    assert kept == ["step-00000003", "step-00000007", "step-00000009"]
+    assert find_checkpoint(folder / "latest") == folder / "step-00000009"
+
+
+def test_a_loss_that_is_known_later_may_make_the_newest_one_the_best(checkpoints, tmp_path) -> None:
+    save(checkpoints, 1, 2.0)
+    newest = save(checkpoints, 2)
+    checkpoints.set_validation_loss(1.5)
+    assert best_checkpoint(tmp_path / "run") == newest
+    assert read_state(newest) == state(2, 1.5)
+
+
+def test_a_step_that_is_saved_is_not_saved_again(checkpoints) -> None:
+    assert checkpoints.save(FilesOnly(), 1, lambda: state(1), {})
+    assert not checkpoints.save(FilesOnly(), 1, lambda: state(1), {})
+
+
 def test_a_save_that_was_killed_leaves_the_one_before(checkpoints, tmp_path) -> None:
     class Killed(FilesOnly):
         def save(self, folder: Path, tag: str) -> None:
@@ -76,7 +108,7 @@ def test_a_save_that_was_killed_leaves_the_one_before(checkpoints, tmp_path) -> 
 
     first = save(checkpoints, 1)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(Killed(), TrainState(2, 16, 0, 3.0, 4, 0.1, SETTING), {})
+        checkpoints.save(Killed(), 2, lambda: state(2), {})
     assert checkpoints.latest() == first
     assert read_state(first).step == 1
     assert read_state(save(checkpoints, 3)).step == 3

@@ -17,10 +17,11 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.config import PretrainConfig
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import PretrainEngine, Processes, start_processes, stop_processes
+from pretrain.engine import PretrainEngine
 from pretrain.micro_batch import MicroBatchTrials
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.processes import Processes, start_processes, stop_processes
 from pretrain.train import pretrain
 
 TINY = ModelConfig(preset="bert-tiny", hidden_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -53,7 +54,7 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture(autouse=True)
 def started(processes, monkeypatch) -> None:
-    monkeypatch.setattr("pretrain.train.start_processes", lambda: processes)
+    monkeypatch.setattr("pretrain.train.start_processes", lambda _: processes)
     monkeypatch.setattr("pretrain.train.stop_processes", lambda: None)
 
 
@@ -64,7 +65,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(log_interv
         UserError, match=r"(the loss is (nan|inf) at|weights are not finite after) step \d+: training div"
     ):
         pretrain(diverging, data_dir, tmp_path / "run")
-    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by"] == "diverged"
+    assert "training diverged" in summary["stopped_because"]
 
 
 def test_a_full_disk_is_told_in_one_line(data_dir, tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,15 +34,14 @@ REPOSITORY = Path(__file__).parents[2]
 class FilesOnly:
     """What a DeepSpeed engine at stage 0 leaves in a checkpoint, without the engine."""
 
+    processes = SimpleNamespace(barrier=lambda: None)
+
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self._weights = weights
 
     def save(self, folder: Path, tag: str) -> None:
         (folder / tag).mkdir()
         torch.save({"module": self._weights}, folder / tag / "mp_rank_00_model_states.pt")
-
-    def barrier(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def save_checkpoint(
     output_dir: Path, manifest: Manifest, weights: dict[str, torch.Tensor], architecture: Architecture, step: int = 5
 ) -> Path:
     setting = Setting(manifest.sha256, asdict(architecture), "adamw", zero_stage=0, world_size=1)
-    state = TrainState(step, 40, 0, 7199.5, 4, 0.1, setting)
+    state = TrainState(step, 40, 0, {"training": 7199.5}, 4, 0.1, None, {}, setting)
     checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, keep=2, rank=0)
-    checkpoints.save(FilesOnly(weights), state, record_of(manifest))
+    checkpoints.save(FilesOnly(weights), step, lambda: state, record_of(manifest))
     newest = checkpoints.latest()
     assert newest is not None
     return newest

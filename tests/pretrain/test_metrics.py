@@ -42,11 +42,11 @@ def test_curves_are_thinned_and_keep_the_last_point() -> None:
 
 
 class TwoRanks:
-    """Stands in for the engine: the other rank measured the same."""
+    """The other rank measured the same."""
 
     world_size = 2
 
-    def sum_over_ranks(self, *values: float) -> list[float]:
+    def sum(self, *values: float) -> list[float]:
         return [2 * value for value in values]
 
 

@@ -1,0 +1,71 @@
+"""``summary.json``: how a run has ended, and whether it is complete."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from common.errors import UserError
+from common.folders import CONFIG_FILE, read_json, write_json
+from pretrain.checkpoint import latest_checkpoint, read_state
+from pretrain.watch import STATUS_FILE
+
+SUMMARY_FILE = "summary.json"
+MODEL_FOLDER = "hf"
+COMPLETE: Final = ("time_budget", "max_steps", "early_stop")
+DIVERGED = "diverged"
+GOES_ON = 75
+"""Exit code of a run that has stopped before its end (``EX_TEMPFAIL`` of sysexits.h): the same command goes on."""
+_NOT_OURS = "this is not a summary of ours"
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Tell how the run has ended; it comes last."""
+    write_json(folder / SUMMARY_FILE, summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """None where the run is still going, or was killed.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / SUMMARY_FILE
+    if not file.exists():
+        return None
+    summary = read_json(file, _NOT_OURS)
+    if not isinstance(summary, dict) or "stopped_by" not in summary:
+        raise UserError(f"{file}: {_NOT_OURS}")
+    return summary
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in ``folder`` has nothing left to do."""
+    summary = read_summary(folder)
+    return summary is not None and summary["stopped_by"] in COMPLETE
+
+
+def exit_code(stopped_by: str) -> int:
+    """What a process tells its caller: 0 for a complete run, :data:`GOES_ON` otherwise."""
+    return 0 if stopped_by in COMPLETE else GOES_ON
+
+
+def describe(folder: Path) -> tuple[str, int]:
+    """A line on the run in ``folder``, and its exit code.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} is no run's folder (it has no {CONFIG_FILE})")
+    if summary := read_summary(folder):
+        code = exit_code(summary["stopped_by"])
+        rest = "complete" if code == 0 else "the same command goes on"
+        return (
+            f"{folder}: stopped by {summary['stopped_by']} after step {summary['steps']}, "
+            f"{summary['elapsed_seconds']:.1f} s spent: {rest}"
+        ), code
+    status = json.loads((folder / STATUS_FILE).read_text()) if (folder / STATUS_FILE).exists() else None
+    newest = latest_checkpoint(folder)
+    kept = f"step {read_state(newest).step} is saved" if newest else "nothing is saved yet"
+    last = f"last seen in {status['phase']} (process {status['pid']} on {status['host']})" if status else "not started"
+    return f"{folder}: still going or killed, {last}, {kept}", GOES_ON
