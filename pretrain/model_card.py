@@ -5,14 +5,18 @@ What the record does not tell is left out, never guessed: so are licence and lan
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from common.folders import provenance
 from common.page import markdown_table
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
+from pretrain.config import PretrainConfig
 
 CARD_FILE = "README.md"
 _LAYER_NORMS = {"pre_ln": "before each sublayer (pre-LN)", "post_ln": "after each residual (post-LN), as in BERT"}
@@ -35,6 +39,21 @@ def data_facts(manifest: Manifest) -> dict[str, Any]:
     }
     facts["num_documents"] = facts["num_documents"] or None  # indexed shards don't tell
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def training_facts(config: PretrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """How a model is trained, for its record; ``dtype`` is that of matrix products."""
+    return {
+        "init_from": config.init_from and "/".join(Path(config.init_from).parts[-2:]),
+        "optimizer": asdict(config.optimizer),
+        "schedule": config.schedule,
+        "schedule_length": config.schedule_length,
+        "warmup_proportion": config.warmup_proportion,
+        "gradient_clipping": config.gradient_clipping,
+        "dropout": config.model.hidden_dropout_prob,
+        "precision": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
 
 
 def software_facts() -> dict[str, Any]:
@@ -128,6 +147,8 @@ def _training_rows(record: Mapping[str, Any]) -> dict[str, Any]:
         "passes over the data": record.get("epochs"),
         "sequences a step": record.get("train_batch_size"),
         "optimizer": _settings(training.get("optimizer")),
+        "learning rate's course": training.get("schedule"),
+        "learning rate's schedule": training.get("schedule_length"),
         "learning rate's warmup": _percent(training.get("warmup_proportion")),
         "gradient clipping": training.get("gradient_clipping"),
         "dropout": training.get("dropout"),

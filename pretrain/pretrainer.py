@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,19 @@ from common.errors import UserError
 from common.folders import errors_of_writing
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
-from pretrain.batch_plan import BatchPlan
-from pretrain.batches import TrainingBatches, shape_of_micro_batches
+from pretrain.assembly import assemble, dropout_seed
+from pretrain.batches import TrainingBatches
 from pretrain.budget import Budget
-from pretrain.checkpoint import Checkpoints, Setting, TrainState, latest_checkpoint, load_weights
+from pretrain.checkpoint import Checkpoints, Setting, TrainState, latest_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.director import Decision, Director
 from pretrain.ds_config import autocast_dtype
 from pretrain.early_stop import EarlyStop
-from pretrain.engine import PretrainEngine
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
-from pretrain.init_from import load_pretrained
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
-from pretrain.kernels import apply_kernels
 from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
-from pretrain.micro_batch import MicroBatchTrials, choose_micro_batch_size
-from pretrain.model import MaskedLanguageModel
-from pretrain.model_card import data_facts, software_facts
-from pretrain.optimizer import build_optimizer
+from pretrain.model_card import data_facts, software_facts, training_facts
 from pretrain.processes import Processes
 from pretrain.schedule import lr_multiplier
 from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
@@ -62,7 +55,6 @@ class Pretrainer:
         interruptions: Interruptions,
     ) -> None:
         self._config = config
-        self._architecture = Architecture(**setting.architecture)
         self._ds_config = ds_config
         self._manifest = manifest
         self._output_dir = output_dir
@@ -92,7 +84,11 @@ class Pretrainer:
             self._budget, validation, saving, marks, interruptions.pending, processes.maximum, processes.rank
         )
         self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
-        self._facts = {"data": data_facts(manifest), "software": software_facts()}
+        self._facts = {
+            "training": training_facts(config, autocast_dtype(ds_config) or torch.float32),
+            "data": data_facts(manifest),
+            "software": software_facts(),
+        }
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
@@ -103,11 +99,22 @@ class Pretrainer:
             self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent
         )
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
-        self._prepare_model(checkpoint)
+        self._assembly = assemble(
+            self._config,
+            self._ds_config,
+            self._manifest,
+            self._setting,
+            self._state,
+            checkpoint,
+            self._processes,
+            self._budget,
+            self._metrics,
+        )
+        self._engine, self._plan = self._assembly.engine, self._assembly.plan
         self._batches = TrainingBatches(
             self._manifest,
             self._plan,
-            self._shape,
+            self._assembly.shape,
             self._processes.rank,
             self._processes.device,
             self._config.seed,
@@ -116,49 +123,9 @@ class Pretrainer:
         self._validation = Validation(self._manifest, self._plan, self._engine)
         dtype = autocast_dtype(self._ds_config) or torch.float32
         peak_flops = matrix_product_rate(self._processes.device, dtype) * self._processes.world_size
-        self._averages = StepAverages(self._architecture, peak_flops)
+        self._averages = StepAverages(Architecture(**self._setting.architecture), peak_flops)
         self._metrics.say(f"matrix products in {str(dtype).removeprefix('torch.')}: {peak_flops / 1e12:.2f} TFLOP/s")
         self._budget.charge("starting")
-
-    def _prepare_model(self, checkpoint: Path | None) -> None:
-        config, processes = self._config, self._processes
-        torch.manual_seed(config.seed)
-        model = MaskedLanguageModel(self._architecture)
-        if config.init_from and not checkpoint:
-            self._metrics.say(load_pretrained(model, config.init_from))
-        model.to(processes.device)
-        dtype = autocast_dtype(self._ds_config)
-        self._trials = MicroBatchTrials(model, self._manifest, config.train_batch_size, processes.world_size, dtype)
-        self._plan = BatchPlan(config.train_batch_size, self._micro_batch_size(), processes.world_size)
-        self._shape = shape_of_micro_batches(self._manifest, self._plan)
-        self._metrics.say(f"{self._plan} on {processes.hardware}; {self._shape}")
-        kernels = apply_kernels(
-            model, config.kernels, processes.device, dtype, self._shape.sequences, self._dropout_seed()
-        )
-        self._metrics.say(f"kernels: {kernels}")
-        optimizer = build_optimizer(model, config.optimizer)
-        self._engine = PretrainEngine(
-            model, optimizer, self._ds_config, self._plan, config.gradient_clipping, processes
-        )
-        if checkpoint:
-            load_weights(self._engine, checkpoint)
-
-    def _micro_batch_size(self) -> int:
-        """As configured, as the run had it before, or the fastest."""
-        size = self._config.micro_batch_size
-        if size != "auto":
-            return size
-        kept = self._state.micro_batch_size if self._state else 0
-        if kept and self._config.train_batch_size % (kept * self._processes.world_size) == 0:
-            return kept
-        self._budget.charge("starting")
-        started = time.perf_counter()
-        choice = choose_micro_batch_size(self._trials, self._processes, self._config.budget_seconds)
-        seconds = time.perf_counter() - started
-        self._budget.charge("micro_batch_search")
-        self._write("micro_batch_search", micro_batch_size=choice.size, seconds=round(seconds, 3))
-        self._metrics.say(f"micro_batch_size {choice.size}, found in {seconds:.1f} s; {choice}")
-        return choice.size
 
     def train(self) -> str:
         """Train until the budget ends, then write the model folder and the summary; or leave early, all saved.
@@ -206,10 +173,9 @@ class Pretrainer:
         batch = self._batches.next_batch()
         self._budget.charge("data_wait")
         self._watch.enter("training", self._step)
+        seed = dropout_seed(self._config.seed, self._step, self._processes.rank)
         try:
-            result = self._engine.train_step(
-                batch.micro_batches, batch.workload.predictions, multiplier, self._dropout_seed()
-            )
+            result = self._engine.train_step(batch.micro_batches, batch.workload.predictions, multiplier, seed)
         except torch.OutOfMemoryError:
             result = None  # no more than this here: the exception holds the memory of the failed pass
         if result is None:
@@ -230,14 +196,9 @@ class Pretrainer:
     def _out_of_memory(self) -> UserError:
         size = self._plan.micro_batch_size
         with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
-            fits = self._trials.largest_that_fits(size, has_optimizer_state=self._step > 0)
+            fits = self._assembly.trials.largest_that_fits(size, has_optimizer_state=self._step > 0)
         advice = f"{fits} fits" if fits else "nothing smaller fits: take a smaller model or max_seq_length"
         return UserError(f"out of memory with micro_batch_size {size}: {advice}")
-
-    def _dropout_seed(self) -> int:
-        """A seed of its own for every (run, step, rank): a resumed run needs no generator's state."""
-        sequence = np.random.SeedSequence([self._config.seed, self._step, self._processes.rank])
-        return int(sequence.generate_state(1)[0])
 
     def _write(self, event: str, **values: Any) -> None:
         self._metrics.write(event, self._step, self._budget.elapsed(), **values)
@@ -383,18 +344,7 @@ class Pretrainer:
 
     def _record(self) -> dict[str, Any]:
         """What a checkpoint tells of the run so far; the exported model gets it."""
-        config, dtype = self._config, autocast_dtype(self._ds_config) or torch.float32
-        training = {
-            "init_from": config.init_from and "/".join(Path(config.init_from).parts[-2:]),
-            "optimizer": asdict(config.optimizer),
-            "schedule": config.schedule,
-            "warmup_proportion": config.warmup_proportion,
-            "gradient_clipping": config.gradient_clipping,
-            "dropout": config.model.hidden_dropout_prob,
-            "precision": str(dtype).removeprefix("torch."),
-            "seed": config.seed,
-        }
-        return {**self._figures(), "training": training, **self._facts, **curves(read_metrics(self._output_dir))}
+        return {**self._figures(), **self._facts, **curves(read_metrics(self._output_dir))}
 
     def _leave(self, stopped_by: str) -> None:
         """Save, so that the same command goes on from here."""

@@ -4,17 +4,27 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import tokenizers
+import torch.distributed as dist
 
 import run_pretraining
 from common import cli
 from data_prep import __main__ as data_prep_commands
 
 TEXT_SOURCE = '[{"kind": "text", "path": "%s"}]'
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own() -> Iterator[None]:
+    """A command that is refused leaves what binds it to the others to the end of its process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def fails_with(capsys, monkeypatch, arguments: list[str], *expected: str) -> None:
