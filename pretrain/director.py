@@ -118,4 +118,4 @@ class Director:
             return []
         due = [(action, 1) for action, cadence in self._cadences.items() if cadence.is_due(progress)]
         marks = [number for number, mark in self._export_marks.items() if mark <= progress]
-        return due + [("export", number) for number in marks[-1:]]
+        return due + [("export", number) for number in marks[:1]]

@@ -65,7 +65,7 @@ class Beat:
 
     def __str__(self) -> str:
         at = self.detail or self.phase
-        return f"rank {self.rank} (process {self.pid} on {self.host}, in {at} after step {self.step})"
+        return f"rank {self.rank} (process {self.pid} on {self.host}, last heard of in {at} after step {self.step})"
 
 
 class Watch:
@@ -93,6 +93,7 @@ class Watch:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep watch meanwhile, and turn the consequences of another's end into :class:`LostProcess`."""
+        self._say()  # so that the others know of it, however soon it ends
         thread = threading.Thread(target=self._keep, name="watch", daemon=True)
         thread.start()
         try:
