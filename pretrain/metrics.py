@@ -1,10 +1,8 @@
 """What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
 
-import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,8 +16,7 @@ from pretrain.architecture import Architecture
 from pretrain.batches import Workload
 from pretrain.flops import model_flops
 from pretrain.processes import Processes
-
-METRICS_FILE = "metrics.jsonl"
+from pretrain.run_record import METRICS_FILE
 
 
 class MetricsWriter:
@@ -169,47 +166,3 @@ def _open_at_a_new_line(path: Path) -> TextIO:
     if cut_short:
         file.write("\n")
     return file
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order, without those that a later start took back by going on from an earlier step."""
-    events: list[dict[str, Any]] = []
-    for event in _all_events(folder):
-        if event["event"] == "start":
-            events = [earlier for earlier in events if earlier["step"] <= event["step"]]
-        events.append(event)
-    return events
-
-
-def lost_seconds(folder: Path) -> float:
-    """Seconds of work that kills have destroyed: what the record shows beyond the point where each start went on."""
-    lost = furthest = 0.0
-    for event in _all_events(folder):
-        if event["event"] == "start":
-            lost += max(0.0, furthest - event["elapsed_seconds"])
-            furthest = event["elapsed_seconds"]
-        furthest = max(furthest, event["elapsed_seconds"])
-    return lost
-
-
-def _all_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of the record; one that a kill cut short is passed over."""
-    path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
-
-
-def curves(events: list[dict[str, Any]], max_points: int = 500) -> dict[str, list[dict[str, float]]]:
-    """Training and validation curves, thinned to at most about ``max_points`` points each, the last one always kept."""
-    fields = {
-        "train": ("elapsed_seconds", "step", "loss", "learning_rate"),
-        "validation": ("elapsed_seconds", "step", "loss"),
-    }
-    result = {}
-    for name, keys in fields.items():
-        points = [{key: event[key] for key in keys} for event in events if event["event"] == name]
-        stride = max(1, len(points) // max_points)
-        result[name] = points[::-1][::stride][::-1]
-    return result

@@ -23,9 +23,10 @@ from pretrain.early_stop import EarlyStop
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
-from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
+from pretrain.metrics import MetricsWriter, StepAverages, StepFigures
 from pretrain.model_card import data_facts, software_facts, training_facts
 from pretrain.processes import Processes
+from pretrain.run_record import curves, lost_seconds, read_metrics
 from pretrain.schedule import lr_multiplier
 from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
 from pretrain.validation import Validation, ValidationFigures

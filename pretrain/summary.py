@@ -7,11 +7,9 @@ from typing import Any, Final
 from common.errors import UserError
 from common.folders import CONFIG_FILE, read_json, write_json
 from pretrain.checkpoint import latest_checkpoint, read_state
-from pretrain.watch import STATUS_FILE
+from pretrain.run_record import COMPLETE, STATUS_FILE, SUMMARY_FILE
 
-SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "hf"
-COMPLETE: Final = ("time_budget", "max_steps", "early_stop")
 DIVERGED = "diverged"
 GOES_ON = 75
 """Exit code of a run that has stopped before its end (``EX_TEMPFAIL`` of sysexits.h): the same command goes on."""
