@@ -1,5 +1,6 @@
 """What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
 
+import contextlib
 import json
 import resource
 import time

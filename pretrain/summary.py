@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from common.errors import UserError
 from common.folders import CONFIG_FILE, read_json, write_json
