@@ -1,4 +1,4 @@
-"""What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
+"""What a run measures: ``metrics.jsonl`` always, TensorBoard and W&B beside it, a progress bar. Rank 0 only."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ from pretrain.batches import Workload
 from pretrain.flops import model_flops
 from pretrain.processes import Processes
 from pretrain.run_record import METRICS_FILE
+from pretrain.trackers import WandbTracker
 
 
 class MetricsWriter:
@@ -29,9 +30,10 @@ class MetricsWriter:
         total: the budget, in seconds or steps.
         unit: ``s`` or ``steps``.
         spent: what earlier parts of the run have spent of it.
+        wandb: whether Weights & Biases gets the events too.
     """
 
-    def __init__(self, folder: Path, rank: int, total: float, unit: str, spent: float) -> None:
+    def __init__(self, folder: Path, rank: int, total: float, unit: str, spent: float, wandb: bool = False) -> None:
         self._active = rank == 0
         if not self._active:
             return
@@ -40,6 +42,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"))
         layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit}, {remaining} left{postfix}"
         self._bar = tqdm(desc="pretraining", total=total, unit=unit, initial=spent, bar_format=layout, disable=None)
+        self._wandb = WandbTracker(folder, self.say) if wandb else None
 
     def write(self, event: str, step: int, elapsed_seconds: float, **values: Any) -> None:
         """Record one event; numbers also go to TensorBoard under ``event/name``."""
@@ -49,9 +52,11 @@ class MetricsWriter:
         with errors_of_writing(self._folder):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+        if self._wandb and numbers:
+            self._wandb.log(event, step, record["elapsed_seconds"], numbers)
 
     def show(self, spent: float, **values: str) -> None:
         """Move the progress bar to ``spent`` of the budget."""
@@ -67,8 +72,10 @@ class MetricsWriter:
                 self._bar.write(line)
 
     def close(self) -> None:
-        """Close file, board and bar."""
+        """Close file, board, tracker and bar."""
         if self._active:
+            if self._wandb:
+                self._wandb.close()
             self._bar.close()
             self._board.close()
             self._file.close()

@@ -54,6 +54,7 @@ class Pretrainer:
         processes: Processes,
         watch: Watch,
         interruptions: Interruptions,
+        wandb: bool,
     ) -> None:
         self._config = config
         self._ds_config = ds_config
@@ -63,6 +64,7 @@ class Pretrainer:
         self._processes = processes
         self._watch = watch
         self._state = state
+        self._wandb = wandb
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
@@ -97,7 +99,7 @@ class Pretrainer:
             self._budget.start()
         spent = self._budget.spent(self._step)
         self._metrics = MetricsWriter(
-            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent
+            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent, self._wandb
         )
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
         self._assembly = assemble(
