@@ -10,6 +10,7 @@ from common.cli import config_parser, exit_code, parse, take_config
 from pretrain import summary
 from pretrain.config import PretrainConfig
 from pretrain.processes import leave
+from pretrain.trackers import check_wandb
 from pretrain.train import pretrain
 
 
@@ -22,8 +23,12 @@ def main() -> int:
     parser.add_argument(
         "--output_dir", type=str, required=True, help="the run's folder; the model will be in hf/ there"
     )
+    parser.add_argument("--wandb", action="store_true", help="send the metrics to Weights & Biases too")
     arguments = parse(parser, None)
-    stopped_by = pretrain(take_config(arguments, PretrainConfig), Path(arguments.data_dir), Path(arguments.output_dir))
+    if arguments.wandb:
+        check_wandb()
+    config = take_config(arguments, PretrainConfig)
+    stopped_by = pretrain(config, Path(arguments.data_dir), Path(arguments.output_dir), arguments.wandb)
     return summary.exit_code(stopped_by)
 
 

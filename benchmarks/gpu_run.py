@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM
 
 from benchmarks.gpu_timing import say
 from common.folders import read_json
-from pretrain.metrics import read_metrics
+from pretrain.run_record import read_metrics
 from pretrain.schedule import lr_multiplier
 
 _REPOSITORY = Path(__file__).parent.parent

@@ -7,6 +7,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.page import clean_axes, time_unit
 from finetune.metrics import METRIC_TITLES
 from finetune.tasks import TASKS
 
@@ -58,7 +59,7 @@ def _score_panel(axes: Axes, task_name: str, trials: Sequence[Mapping[str, Any]]
     labels = [configuration.replace("\n", ", ") for configuration in configurations] if many else configurations
     axes.set_xticks(range(len(configurations)), labels, fontsize=7, rotation=90 if many else 0)
     axes.set_xlim(-0.6, len(configurations) - 0.4)
-    _clean(axes)
+    clean_axes(axes)
 
 
 def _score_group(axes: Axes, place: float, scores: Sequence[float], colour: str, label: str | None) -> None:
@@ -80,7 +81,7 @@ def pretraining_figure(pretraining: Mapping[str, Any]) -> Figure:
         pretraining: the content of ``pretraining.json``.
     """
     budget = pretraining.get("time_budget_seconds")
-    unit, seconds_per_unit = _time_unit(budget or pretraining["elapsed_seconds"])
+    unit, seconds_per_unit = time_unit(budget or pretraining["elapsed_seconds"])
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     train, validation = pretraining["train"], pretraining["validation"]
@@ -108,17 +109,5 @@ def pretraining_figure(pretraining: Mapping[str, Any]) -> Figure:
     rates.set_xlabel(f"wall-clock time ({unit})")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (losses, rates):
-        _clean(axes)
+        clean_axes(axes)
     return figure
-
-
-def _time_unit(seconds: float) -> tuple[str, float]:
-    if seconds >= 2 * 3600:
-        return "hours", 3600.0
-    return ("minutes", 60.0) if seconds >= 120 else ("seconds", 1.0)
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)

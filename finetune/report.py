@@ -1,14 +1,11 @@
 """The report of a grid: tables of scores, what was run, and plots, as Markdown and as one self-contained page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from matplotlib.figure import Figure
-
-from common.folders import atomic_path, read_json, write_text
-from common.page import Page, markdown_table
+from common.folders import read_json
+from common.page import Document, Plot, write_documents
 from finetune.metrics import METRIC_TITLES
 from finetune.plots import pretraining_figure, scores_figure
 from finetune.results import Results
@@ -27,43 +24,6 @@ _PUBLISHED: Final = {
 Table = tuple[list[str], list[list[str]]]
 
 
-class MarkdownPage:
-    """The Markdown counterpart of :class:`common.page.Page`."""
-
-    def __init__(self, title: str) -> None:
-        self._parts = [f"# {title}"]
-
-    def heading(self, text: str) -> None:
-        """A section's heading."""
-        self._parts.append(f"## {text}")
-
-    def paragraph(self, text: str) -> None:
-        """Plain text."""
-        self._parts.append(text)
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of strings; the first column is the row's name."""
-        self._parts.append(markdown_table(header, rows))
-
-    def image(self, path: str, caption: str) -> None:
-        """An image that lies beside the file."""
-        self._parts.append(f"![{caption}]({path})")
-
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        write_text(path, "\n\n".join(self._parts) + "\n")
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """A figure that the page embeds and that lies beside it as ``<name>.png``."""
-
-    name: str
-    heading: str
-    figure: Figure
-    caption: str
-
-
 def write_report(folder: Path, results: Results) -> None:
     """Write ``report.md``, ``report.html`` and the plots into ``folder``.
 
@@ -72,39 +32,29 @@ def write_report(folder: Path, results: Results) -> None:
         results: the content of ``results.json``.
     """
     plots = _plots(folder, results)
-    for plot in plots:
-        with atomic_path(folder / f"{plot.name}.png") as temporary:
-            plot.figure.savefig(temporary, format="png", dpi=144, bbox_inches="tight")
-    title = f"{results['benchmark']}: {results['model']}"
-    for document, file_name in ((Page(title), "report.html"), (MarkdownPage(title), "report.md")):
+
+    def fill(document: Document) -> None:
         _add_scores(document, results)
         for plot in plots:
-            _add_plot(document, plot)
+            document.plot(plot)
         _add_configurations(document, results)
         _add_rows(document, results)
         _add_failures(document, results)
         _add_published(document, results)
-        document.write(folder / file_name)
+
+    write_documents(folder, f"{results['benchmark']}: {results['model']}", plots, fill)
 
 
-def _plots(folder: Path, results: Results) -> list[_Plot]:
+def _plots(folder: Path, results: Results) -> list[Plot]:
     plots = []
     if results["trials"]:
         caption = "Every seed's score on the development split, by configuration and start; the line is their median."
-        plots.append(_Plot("scores", "Every seed", scores_figure(results["trials"]), caption))
+        plots.append(Plot("scores", "Every seed", scores_figure(results["trials"]), caption))
     if (folder / PRETRAINING_FILE).exists():
         pretraining = read_json(folder / PRETRAINING_FILE, "the record of pretraining, copied from the model")
         caption = _pretraining_caption(pretraining)
-        plots.append(_Plot("pretraining", "Pretraining", pretraining_figure(pretraining), caption))
+        plots.append(Plot("pretraining", "Pretraining", pretraining_figure(pretraining), caption))
     return plots
-
-
-def _add_plot(document: Page | MarkdownPage, plot: _Plot) -> None:
-    document.heading(plot.heading)
-    if isinstance(document, Page):
-        document.figure(plot.figure, plot.caption)
-    else:
-        document.image(f"{plot.name}.png", plot.caption)
 
 
 def _groups(results: Results) -> list[list[str]]:
@@ -142,7 +92,7 @@ def _percent(score: float) -> str:
     return f"{100 * score:.1f}"
 
 
-def _add_scores(document: Page | MarkdownPage, results: Results) -> None:
+def _add_scores(document: Document, results: Results) -> None:
     tables = score_tables(results)
     for title, (header, rows) in tables:
         if len(tables) > 1:
@@ -163,7 +113,7 @@ def _add_scores(document: Page | MarkdownPage, results: Results) -> None:
         )
 
 
-def _add_configurations(document: Page | MarkdownPage, results: Results) -> None:
+def _add_configurations(document: Document, results: Results) -> None:
     rows = [
         _configuration_row(name, start, summary, len(results["seeds"]))
         for name, task in results["tasks"].items()
@@ -189,7 +139,7 @@ def _configuration_row(task_name: str, start: str, summary: Mapping[str, Any], n
     ]
 
 
-def _add_rows(document: Page | MarkdownPage, results: Results) -> None:
+def _add_rows(document: Document, results: Results) -> None:
     if not results["tasks"]:
         return
     document.heading("Rows")
@@ -215,7 +165,7 @@ def _row_count(rows: Mapping[str, int | None]) -> str:
     return f"{rows['used']:,} of {rows['official']:,}"
 
 
-def _add_failures(document: Page | MarkdownPage, results: Results) -> None:
+def _add_failures(document: Document, results: Results) -> None:
     if not results["failures"]:
         return
     document.heading("Failed trials")
@@ -230,7 +180,7 @@ def _add_failures(document: Page | MarkdownPage, results: Results) -> None:
     )
 
 
-def _add_published(document: Page | MarkdownPage, results: Results) -> None:
+def _add_published(document: Document, results: Results) -> None:
     if all(TASKS[name].synthetic for name in results["tasks"]):
         return
     document.heading("Published, test set")

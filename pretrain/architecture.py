@@ -76,6 +76,18 @@ class Architecture:
         """Rows of the embedding matrix inside training; export cuts the padding off."""
         return -(-self.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the model as exported: tied embeddings counted once, the vocabulary without padding."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        norm = 2 * hidden
+        embeddings = hidden * (self.vocab_size + self.max_position_embeddings + self.type_vocab_size)
+        attention = 4 * (hidden**2 + hidden)
+        feed_forward = 2 * hidden * intermediate + intermediate + hidden
+        layers = self.num_hidden_layers * (attention + feed_forward + 2 * norm)
+        head = hidden**2 + hidden + norm + self.vocab_size
+        return embeddings + layers + norm + head  # pre-LN's last LayerNorm is as large as post-LN's first
+
 
 def resolve(config: ModelConfig, vocab_size: int, max_seq_length: int, pad_token_id: int) -> Architecture:
     """Fill a configuration up with its preset and with what the data says.

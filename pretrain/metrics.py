@@ -1,10 +1,9 @@
-"""What a run measures: ``metrics.jsonl`` always, TensorBoard beside it, a progress bar on a terminal. Rank 0 only."""
+"""What a run measures: ``metrics.jsonl`` always, TensorBoard and W&B beside it, a progress bar. Rank 0 only."""
 
 import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,8 +17,8 @@ from pretrain.architecture import Architecture
 from pretrain.batches import Workload
 from pretrain.flops import model_flops
 from pretrain.processes import Processes
-
-METRICS_FILE = "metrics.jsonl"
+from pretrain.run_record import METRICS_FILE
+from pretrain.trackers import WandbTracker
 
 
 class MetricsWriter:
@@ -31,9 +30,10 @@ class MetricsWriter:
         total: the budget, in seconds or steps.
         unit: ``s`` or ``steps``.
         spent: what earlier parts of the run have spent of it.
+        wandb: whether Weights & Biases gets the events too.
     """
 
-    def __init__(self, folder: Path, rank: int, total: float, unit: str, spent: float) -> None:
+    def __init__(self, folder: Path, rank: int, total: float, unit: str, spent: float, wandb: bool = False) -> None:
         self._active = rank == 0
         if not self._active:
             return
@@ -42,6 +42,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"))
         layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} {unit}, {remaining} left{postfix}"
         self._bar = tqdm(desc="pretraining", total=total, unit=unit, initial=spent, bar_format=layout, disable=None)
+        self._wandb = WandbTracker(folder, self.say) if wandb else None
 
     def write(self, event: str, step: int, elapsed_seconds: float, **values: Any) -> None:
         """Record one event; numbers also go to TensorBoard under ``event/name``."""
@@ -51,9 +52,11 @@ class MetricsWriter:
         with errors_of_writing(self._folder):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+        if self._wandb and numbers:
+            self._wandb.log(event, step, record["elapsed_seconds"], numbers)
 
     def show(self, spent: float, **values: str) -> None:
         """Move the progress bar to ``spent`` of the budget."""
@@ -69,8 +72,10 @@ class MetricsWriter:
                 self._bar.write(line)
 
     def close(self) -> None:
-        """Close file, board and bar."""
+        """Close file, board, tracker and bar."""
         if self._active:
+            if self._wandb:
+                self._wandb.close()
             self._bar.close()
             self._board.close()
             self._file.close()
@@ -169,47 +174,3 @@ def _open_at_a_new_line(path: Path) -> TextIO:
     if cut_short:
         file.write("\n")
     return file
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order, without those that a later start took back by going on from an earlier step."""
-    events: list[dict[str, Any]] = []
-    for event in _all_events(folder):
-        if event["event"] == "start":
-            events = [earlier for earlier in events if earlier["step"] <= event["step"]]
-        events.append(event)
-    return events
-
-
-def lost_seconds(folder: Path) -> float:
-    """Seconds of work that kills have destroyed: what the record shows beyond the point where each start went on."""
-    lost = furthest = 0.0
-    for event in _all_events(folder):
-        if event["event"] == "start":
-            lost += max(0.0, furthest - event["elapsed_seconds"])
-            furthest = event["elapsed_seconds"]
-        furthest = max(furthest, event["elapsed_seconds"])
-    return lost
-
-
-def _all_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of the record; one that a kill cut short is passed over."""
-    path = folder / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
-
-
-def curves(events: list[dict[str, Any]], max_points: int = 500) -> dict[str, list[dict[str, float]]]:
-    """Training and validation curves, thinned to at most about ``max_points`` points each, the last one always kept."""
-    fields = {
-        "train": ("elapsed_seconds", "step", "loss", "learning_rate"),
-        "validation": ("elapsed_seconds", "step", "loss"),
-    }
-    result = {}
-    for name, keys in fields.items():
-        points = [{key: event[key] for key in keys} for event in events if event["event"] == name]
-        stride = max(1, len(points) // max_points)
-        result[name] = points[::-1][::stride][::-1]
-    return result

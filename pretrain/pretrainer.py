@@ -23,9 +23,10 @@ from pretrain.early_stop import EarlyStop
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
-from pretrain.metrics import MetricsWriter, StepAverages, StepFigures, curves, lost_seconds, read_metrics
+from pretrain.metrics import MetricsWriter, StepAverages, StepFigures
 from pretrain.model_card import data_facts, software_facts, training_facts
 from pretrain.processes import Processes
+from pretrain.run_record import curves, lost_seconds, read_metrics
 from pretrain.schedule import lr_multiplier
 from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
 from pretrain.validation import Validation, ValidationFigures
@@ -53,6 +54,7 @@ class Pretrainer:
         processes: Processes,
         watch: Watch,
         interruptions: Interruptions,
+        wandb: bool,
     ) -> None:
         self._config = config
         self._ds_config = ds_config
@@ -62,6 +64,7 @@ class Pretrainer:
         self._processes = processes
         self._watch = watch
         self._state = state
+        self._wandb = wandb
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
@@ -96,7 +99,7 @@ class Pretrainer:
             self._budget.start()
         spent = self._budget.spent(self._step)
         self._metrics = MetricsWriter(
-            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent
+            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent, self._wandb
         )
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
         self._assembly = assemble(

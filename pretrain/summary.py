@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from common.errors import UserError
 from common.folders import CONFIG_FILE, read_json, write_json
 from pretrain.checkpoint import latest_checkpoint, read_state
-from pretrain.watch import STATUS_FILE
+from pretrain.run_record import COMPLETE, STATUS_FILE, SUMMARY_FILE
 
-SUMMARY_FILE = "summary.json"
 MODEL_FOLDER = "hf"
-COMPLETE: Final = ("time_budget", "max_steps", "early_stop")
 DIVERGED = "diverged"
 GOES_ON = 75
 """Exit code of a run that has stopped before its end (``EX_TEMPFAIL`` of sysexits.h): the same command goes on."""

@@ -42,7 +42,7 @@ _WAIT_FOR_THE_FOLDER_SECONDS = 120.0  # a run that has been told to leave makes 
 _THE_WATCH_SPEAKS_FIRST_SECONDS = 60.0  # before torch's own timeouts, which name nobody
 
 
-def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> str:
+def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path, wandb: bool = False) -> str:
     """Run, or resume, one pretraining run in ``output_dir``; every process of the run calls it.
 
     Returns:
@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path) -> str:
     interruptions = Interruptions(parse_duration(config.preemption_margin))
     try:
         with watch.kept(), interruptions.noted():
-            stopped_by = _run(config, ds_config, manifest, output_dir, processes, watch, interruptions)
+            stopped_by = _run(config, ds_config, manifest, output_dir, processes, watch, interruptions, wandb)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason} Take a smaller model, micro_batch_size or max_seq_length") from None
@@ -79,6 +79,7 @@ def _run(
     processes: Processes,
     watch: Watch,
     interruptions: Interruptions,
+    wandb: bool,
 ) -> str:
     check_kernels(config.kernels, processes.device, autocast_dtype(ds_config))
     check_divisible(config.train_batch_size, config.micro_batch_size, processes.world_size)
@@ -94,7 +95,9 @@ def _run(
         if processes.rank == 0:
             _claim(output_dir, config, ds_config)
         watch.enter("starting", state.step if state else 0)
-        run = Pretrainer(config, ds_config, manifest, output_dir, setting, state, processes, watch, interruptions)
+        run = Pretrainer(
+            config, ds_config, manifest, output_dir, setting, state, processes, watch, interruptions, wandb
+        )
         run.prepare(checkpoint)
         return run.train()
 

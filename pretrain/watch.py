@@ -22,8 +22,8 @@ from common.errors import UserError
 from common.folders import write_json
 from pretrain.process_tree import is_alive, start_time
 from pretrain.processes import Processes
+from pretrain.run_record import STATUS_FILE
 
-STATUS_FILE = "status.json"
 Phase = Literal["starting", "training", "validation", "saving", "closing", "done"]
 _BEAT_SECONDS = 2.0
 _LOOK_ROUND_AFTER = 6.0

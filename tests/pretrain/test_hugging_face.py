@@ -154,3 +154,9 @@ def test_a_weight_that_went_wrong_shows_in_the_parity_check(layer_norm, name) ->
         dict(model.named_parameters())[name][5] += 0.05
     with pytest.raises(RuntimeError, match="logits differ"):
         check_parity(model, reference)
+
+
+@pytest.mark.parametrize("layer_norm", THEIR_CLASSES)
+def test_parameters_counted_from_the_sizes_are_those_of_their_model(layer_norm) -> None:
+    model = THEIR_CLASSES[layer_norm][1](THEIR_CLASSES[layer_norm][0](**SIZES))
+    assert architecture_of(model.config).num_parameters == model.num_parameters()

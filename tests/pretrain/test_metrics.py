@@ -8,7 +8,8 @@ import torch
 from pretrain.architecture import ModelConfig, resolve
 from pretrain.batches import Workload
 from pretrain.flops import model_flops
-from pretrain.metrics import METRICS_FILE, StepAverages, curves, lost_seconds, read_metrics
+from pretrain.metrics import StepAverages
+from pretrain.run_record import METRICS_FILE, curves, lost_seconds, read_metrics
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pretrain.metrics import read_metrics
+from pretrain.run_record import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
