@@ -1,10 +1,15 @@
-"""``python -m pretrain export | status``."""
+"""``python -m pretrain export | plan | status``."""
 
 from pathlib import Path
 
-from common.cli import command_parser, parse, run_subcommand
+from common.cli import command_parser, config_parser, parse, run_subcommand, take_config
+from common.errors import UserError
 from pretrain.checkpoint import find_checkpoint
+from pretrain.config import PretrainConfig
 from pretrain.export import export
+from pretrain.hardware import GPUS
+from pretrain.plan import Request, make_plan
+from pretrain.plan_text import describe_plan, write_plan
 from pretrain.summary import describe
 
 
@@ -23,6 +28,49 @@ def _export(argv: list[str]) -> None:
     print(f"{folder}: the model of {checkpoint}")
 
 
+def _plan(argv: list[str]) -> None:
+    """What a budget buys, from short trials on this machine or, with --gpu, computed for another."""
+    parser = config_parser("python -m pretrain plan", _plan.__doc__, PretrainConfig)
+    parser.add_argument("--data_dir", type=str, required=True, help="folder made by `python -m data_prep build`")
+    parser.add_argument("--num_gpus", type=int | None, default=None, help="processes; default: the GPUs here, or 1")
+    parser.add_argument("--gpu", type=str | None, default=None, help=f"compute for this one: {', '.join(GPUS)}")
+    parser.add_argument("--price_per_gpu_hour", type=float | None, default=None, help="in any currency")
+    parser.add_argument("--presets", type=str | None, default=None, help="to compare, like bert-base,bert-large")
+    parser.add_argument("--train_batch_sizes", type=str | None, default=None, help="to compare, like 4096,8192")
+    parser.add_argument("--trial_seconds", type=float | None, default=None, help="budget of each trial; default: 60")
+    parser.add_argument(
+        "--output_dir", type=str | None, default=None, help="for plan.md, plan.json and, meanwhile, the trials"
+    )
+    arguments = parse(parser, argv)
+    folder = Path(arguments.output_dir) if arguments.output_dir else None
+    request = Request(
+        presets=_names(arguments.presets),
+        train_batch_sizes=_numbers(arguments.train_batch_sizes),
+        gpu=arguments.gpu,
+        num_gpus=arguments.num_gpus,
+        price_per_gpu_hour=arguments.price_per_gpu_hour,
+        trial_seconds=arguments.trial_seconds,
+        folder=folder,
+    )
+    plan = make_plan(take_config(arguments, PretrainConfig), Path(arguments.data_dir), request)
+    text = describe_plan(plan)
+    print(text)
+    if folder:
+        write_plan(plan, text, folder)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """The parts of a list like ``a,b``."""
+    return text.replace(",", " ").split() if text else None
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return [int(name) for name in _names(text) or []] or None
+    except ValueError:
+        raise UserError(f"train_batch_sizes '{text}' is not a list of numbers like 4096,8192") from None
+
+
 def _status(argv: list[str]) -> int:
     """Tell how a run stands; exit code 0: complete, 75: the same command goes on, 2: no run."""
     parser = command_parser("python -m pretrain status", _status.__doc__)
@@ -32,7 +80,7 @@ def _status(argv: list[str]) -> int:
     return code
 
 
-COMMANDS = {"export": _export, "status": _status}
+COMMANDS = {"export": _export, "plan": _plan, "status": _status}
 
 if __name__ == "__main__":
     run_subcommand("python -m pretrain", "Look after runs and turn checkpoints into models.", COMMANDS)
