@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretrain.director import Director
 
 from common.cli import config_parser, parse, take_config
 from common.errors import UserError
@@ -21,6 +20,7 @@ from pretrain.budget import Budget, Cadence
 from pretrain.candidates import candidates_of
 from pretrain.config import PretrainConfig
 from pretrain.data_sample import DataSample, emptiness, sample_data
+from pretrain.director import Director
 from pretrain.forecast import Course, Durations, Estimate, Forecast, marks_of, predict, run_out
 from pretrain.hardware import GPUS, computed_estimate, first_that_fits, num_parameters
 from pretrain.metrics import read_metrics
@@ -235,7 +235,7 @@ def test_a_sample_knows_rows_copies_and_lengths(data_dir: Path) -> None:
 
 def test_a_trial_is_the_beginning_of_the_run_and_foretells_itself(data_dir: Path, tmp_path: Path) -> None:
     """What the trial's parts take, spent again over the trial's own budget, gives the trial's own steps."""
-    estimate = Trial(TINY, data_dir, num_processes=2, seconds=5.0).run(tmp_path / "trial")
+    estimate = Trial(TINY, data_dir, num_processes=2, seconds=4.0).run(tmp_path / "trial")
     folder = max((path for path in (tmp_path / "trial").iterdir() if path.is_dir()), key=lambda path: path.name)
     summary = json.loads((folder / "summary.json").read_text())
     own = replace(trial_config(TINY, summary["time_budget_seconds"]), micro_batch_size=4)
