@@ -40,7 +40,7 @@ class Planned:
 
 RUNS = {
     "tiny": Planned("bert-tiny", 128, "20%"),
-    "tiny_small_batch": Planned("bert-tiny", 32, "10%"),
+    "often": Planned("bert-tiny", 32, "10%"),
     "mini": Planned("bert-mini", 32, "25%"),
 }
 

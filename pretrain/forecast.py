@@ -35,6 +35,11 @@ class Durations:
     closing: float
     """The closing checkpoint, validation and export; not counted against the budget."""
 
+    @property
+    def until_steady(self) -> float:
+        """What a run takes once, before all further steps."""
+        return self.starting + self.micro_batch_search + self.first_step
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -239,7 +239,8 @@ def recommend(rows: list[Row]) -> Recommendation:
     """
     told = [row for row in rows if row.forecasts]
     if not told:
-        raise UserError(f"none of the {len(rows)} candidates can run; the first one: {rows[0].failure}")
+        others = f" (and none of {len(rows) - 1} more)" if len(rows) > 1 else ""
+        raise UserError(f"{rows[0].model} can't run{others}: {rows[0].failure}")
     seen = {row.parameters: 0.0 for row in told}
     for row in told:
         seen[row.parameters] = max(seen[row.parameters], row.forecasts[0].tokens_per_parameter)

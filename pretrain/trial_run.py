@@ -41,20 +41,19 @@ class Trial:
     """Of the trial's budget."""
 
     def run(self, folder: Path) -> Estimate:
-        """Make the trial, in runs below ``folder``; where start and compilation leave too few steps, once again with as
-        much more time as they took.
+        """Make the trial, in runs below ``folder``; where start and compilation leave too few steps, once again with
+        twice their time more.
 
         Raises:
             UserError: it failed; the message is the run's own last word.
         """
         estimate = self._run(folder / "first")
         if estimate.timed_steps < _FEWEST_STEPS:
-            durations = estimate.durations
-            overhead = durations.starting + durations.micro_batch_search + durations.first_step
-            estimate = replace(self, seconds=overhead + self.seconds)._run(folder / "second")
+            longer = self.seconds + 2 * estimate.durations.until_steady
+            estimate = replace(self, seconds=longer)._run(folder / "second")
         if estimate.timed_steps < 1:
-            taken = estimate.durations.first_step
-            raise UserError(f"no step after the first one, which took {taken:.0f} s: give a longer --trial_seconds")
+            taken = estimate.durations.until_steady
+            raise UserError(f"start and first step took {taken:.1f} s, all of the trial: give a longer --trial_seconds")
         return estimate
 
     def _run(self, folder: Path) -> Estimate:

@@ -247,6 +247,21 @@ def test_a_trial_is_the_beginning_of_the_run_and_foretells_itself(data_dir: Path
     assert math.isfinite(first["loss"])
 
 
+def test_a_trial_that_start_and_compilation_use_up_is_made_again_longer(monkeypatch, tmp_path: Path) -> None:
+    asked = []
+
+    def run(self: Trial, folder: Path) -> Estimate:
+        asked.append(self.seconds)
+        return Estimate(DURATIONS, 4, 1e9, 1e6, 1e6, 100.0, timed_steps=20 if len(asked) == 2 else 0)
+
+    monkeypatch.setattr(Trial, "_run", run)
+    trial = Trial(TINY, tmp_path, num_processes=1, seconds=5.0)
+    assert trial.run(tmp_path).timed_steps == 20
+    assert asked == [5.0, 5.0 + 2 * (2.0 + 0.5 + 4.0)]
+    with pytest.raises(UserError, match="longer --trial_seconds"):
+        trial.run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("output", "code", "reason"),
     [
