@@ -25,7 +25,8 @@ _RULE = (
     "from every token; a masked one is asked for about 15 % of them, so it may want more. At such a budget one "
     "point is known of masked ones: 24hBERT (Izsak et al. 2021) took BERT-large for 94 million sequences of at "
     "most 128 tokens, 27 to 36 a parameter, and {steps:,} steps of 4,096 sequences; 8,192 did about as well "
-    "(validation loss 1.722 and 1.717). Learning rates stay as configured."
+    "(validation loss 1.722 and 1.717). A token that comes again in another pass counts like a new one, and learning "
+    "rates stay as configured."
 )
 _CLOSE = (
     "Not sure: by this rule {models} may as well be better, within a factor of two of the line. Run both for a "
