@@ -100,7 +100,7 @@ def plan_and_run(name: str, arguments: argparse.Namespace, folder: Path) -> dict
         figures |= {
             f"{name}_{figure}_predicted": round(predicted, 3),
             f"{name}_{figure}_observed": round(came, 3),
-            f"{name}_{figure}_error": round(abs(predicted - came) / came, 4),
+            f"{name}_{figure}_error": round(abs(predicted - came) / (came or 1), 4),
         }
     return figures
 
