@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from common.cli import command_parser, parse, run_subcommand
+from common.cli import command_parser, config_parser, parse, run_subcommand, take_config
+from common.errors import UserError
 
 
 def _export(argv: list[str]) -> None:
@@ -21,6 +22,54 @@ def _export(argv: list[str]) -> None:
     checkpoint, folder = find_checkpoint(Path(arguments.checkpoint)), Path(arguments.folder).resolve()
     export(checkpoint, folder)
     print(f"{folder}: the model of {checkpoint}")
+
+
+def _plan(argv: list[str]) -> None:
+    """What a budget buys, from short trials on this machine or, with --gpu, computed for another."""
+    from pretrain.config import PretrainConfig
+    from pretrain.hardware import GPUS
+    from pretrain.plan import Request, make_plan
+    from pretrain.plan_text import describe_plan, write_plan
+
+    parser = config_parser("python -m pretrain plan", _plan.__doc__, PretrainConfig)
+    parser.add_argument("--data_dir", type=str, required=True, help="folder made by `python -m data_prep build`")
+    parser.add_argument("--num_gpus", type=int | None, default=None, help="processes; default: the GPUs here, or 1")
+    parser.add_argument("--gpu", type=str | None, default=None, help=f"compute for this one: {', '.join(GPUS)}")
+    parser.add_argument("--price_per_gpu_hour", type=float | None, default=None, help="in any currency")
+    parser.add_argument("--presets", type=str | None, default=None, help="to compare, like bert-base,bert-large")
+    parser.add_argument("--train_batch_sizes", type=str | None, default=None, help="to compare, like 4096,8192")
+    parser.add_argument("--trial_seconds", type=float | None, default=None, help="budget of each trial; default: 60")
+    parser.add_argument(
+        "--output_dir", type=str | None, default=None, help="for plan.md, plan.json and, meanwhile, the trials"
+    )
+    arguments = parse(parser, argv)
+    folder = Path(arguments.output_dir) if arguments.output_dir else None
+    request = Request(
+        presets=_names(arguments.presets),
+        train_batch_sizes=_numbers(arguments.train_batch_sizes),
+        gpu=arguments.gpu,
+        num_gpus=arguments.num_gpus,
+        price_per_gpu_hour=arguments.price_per_gpu_hour,
+        trial_seconds=arguments.trial_seconds,
+        folder=folder,
+    )
+    plan = make_plan(take_config(arguments, PretrainConfig), Path(arguments.data_dir), request)
+    text = describe_plan(plan)
+    print(text)
+    if folder:
+        write_plan(plan, text, folder)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """The parts of a list like ``a,b``."""
+    return text.replace(",", " ").split() if text else None
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return [int(name) for name in _names(text) or []] or None
+    except ValueError:
+        raise UserError(f"train_batch_sizes '{text}' is not a list of numbers like 4096,8192") from None
 
 
 def _status(argv: list[str]) -> int:
@@ -48,7 +97,7 @@ def _report(argv: list[str]) -> None:
     print(f"report: {output_dir / 'report.html'}")
 
 
-COMMANDS = {"export": _export, "status": _status, "report": _report}
+COMMANDS = {"plan": _plan, "status": _status, "report": _report, "export": _export}
 
 if __name__ == "__main__":
     run_subcommand("python -m pretrain", "Look after runs, compare them and turn checkpoints into models.", COMMANDS)
