@@ -41,8 +41,16 @@ def data_facts(manifest: Manifest) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def training_facts(config: PretrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """How a model is trained, for its record; ``dtype`` is that of matrix products."""
+def run_facts(config: PretrainConfig, dtype: torch.dtype, manifest: Manifest) -> dict[str, Any]:
+    """What stays the same through a run, for its record; ``dtype`` is that of matrix products."""
+    return {
+        "training": _training_facts(config, dtype),
+        "data": data_facts(manifest),
+        "software": software_facts(),
+    }
+
+
+def _training_facts(config: PretrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "init_from": config.init_from and "/".join(Path(config.init_from).parts[-2:]),
         "optimizer": asdict(config.optimizer),

@@ -23,8 +23,8 @@ from pretrain.early_stop import EarlyStop
 from pretrain.export import export
 from pretrain.flops import matrix_product_rate
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
-from pretrain.metrics import MetricsWriter, StepAverages, StepFigures
-from pretrain.model_card import data_facts, software_facts, training_facts
+from pretrain.metrics import MetricsWriter, StepAverages
+from pretrain.model_card import run_facts
 from pretrain.processes import Processes
 from pretrain.run_record import curves, lost_seconds, read_metrics
 from pretrain.schedule import lr_multiplier
@@ -87,11 +87,7 @@ class Pretrainer:
             self._budget, validation, saving, marks, interruptions.pending, processes.maximum, processes.rank
         )
         self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
-        self._facts = {
-            "training": training_facts(config, autocast_dtype(ds_config) or torch.float32),
-            "data": data_facts(manifest),
-            "software": software_facts(),
-        }
+        self._facts = run_facts(config, autocast_dtype(ds_config) or torch.float32, manifest)
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
@@ -102,17 +98,8 @@ class Pretrainer:
             self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent, self._wandb
         )
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
-        self._assembly = assemble(
-            self._config,
-            self._ds_config,
-            self._manifest,
-            self._setting,
-            self._state,
-            checkpoint,
-            self._processes,
-            self._budget,
-            self._metrics,
-        )
+        given = (self._config, self._ds_config, self._manifest, self._setting, self._state, checkpoint)
+        self._assembly = assemble(*given, self._processes, self._budget, self._metrics)
         self._engine, self._plan = self._assembly.engine, self._assembly.plan
         self._batches = TrainingBatches(
             self._manifest,
@@ -150,7 +137,7 @@ class Pretrainer:
             raise
         finally:
             self._batches.close()
-        self._metrics.close()
+            self._metrics.close()
         self._processes.barrier()
         return stopped_by
 
@@ -162,11 +149,11 @@ class Pretrainer:
                 return decision.stopped_by
             self._train_step(decision)
             if decision.validate:
-                self._timed("validate", "validation", self._validate)
+                self._interrupt("validate", self._validate)
             if decision.save:
-                self._timed("save", "saving", self._save)
+                self._interrupt("save", self._save)
             if decision.export:
-                self._timed("export", "saving", lambda mark=decision.export: self._export(mark))
+                self._interrupt("export", lambda number=decision.export: self._export(number))
         return "early_stop"
 
     def _train_step(self, decision: Decision) -> None:
@@ -211,7 +198,9 @@ class Pretrainer:
         figures = self._averages.flush(self._processes, self._batches.wait_seconds)
         if not figures:
             return
-        self._stop_if_diverged(figures)
+        for step, loss in enumerate(figures.losses, self._step - len(figures.losses) + 1):
+            if not np.isfinite(loss):
+                raise self._divergence(f"the loss is {loss} at step {step}")
         self._write(
             "train",
             epoch=round(self._batches.epochs(self._sequences_seen), 4),
@@ -229,23 +218,17 @@ class Pretrainer:
             utilisation=f"{figures.flop_utilisation:.0%}",
         )
 
-    def _stop_if_diverged(self, figures: StepFigures) -> None:
-        first_logged = self._step - len(figures.losses) + 1
-        for step, loss in enumerate(figures.losses, first_logged):
-            if not np.isfinite(loss):
-                raise self._divergence(f"the loss is {loss} at step {step}")
-
     def _divergence(self, what: str) -> Diverged:
         kept = self._checkpoints.latest()
         good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         return Diverged(f"{what}: training diverged; {good}; try a lower learning rate or a longer warmup")
 
-    def _timed(self, action: str, phase: Phase, function: Callable[[], Any]) -> None:
-        """Do what interrupts the steps, on time that is counted as its own."""
+    def _interrupt(self, action: str, function: Callable[[], Any]) -> None:
+        """Do something else between steps, on time that is counted as its own."""
         self._engine.finish()
         self._log()  # stops a run that has diverged
         self._budget.charge("training")
-        self._watch.enter(phase, self._step)
+        self._watch.enter("validation" if action == "validate" else "saving", self._step)
         started = time.perf_counter()
         function()
         self._director.record(action, time.perf_counter() - started)

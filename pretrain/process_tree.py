@@ -26,6 +26,14 @@ def parent(pid: int) -> int | None:
     return int(fields[_PARENT]) if fields else None
 
 
+def pid_namespace() -> str:
+    """The numbering of processes that this one belongs to; empty where the system does not tell."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process is there and has not ended."""
     fields = _stat(pid)

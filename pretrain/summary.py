@@ -1,6 +1,5 @@
 """``summary.json``: how a run has ended, and whether it is complete."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,10 @@ MODEL_FOLDER = "hf"
 DIVERGED = "diverged"
 GOES_ON = 75
 """Exit code of a run that has stopped before its end (``EX_TEMPFAIL`` of sysexits.h): the same command goes on."""
+_ENDS = {
+    **dict.fromkeys(COMPLETE, "complete"),
+    DIVERGED: "its last good checkpoint is kept",
+}
 _NOT_OURS = "this is not a summary of ours"
 
 
@@ -43,7 +46,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def exit_code(stopped_by: str) -> int:
-    """What a process tells its caller: 0 for a complete run, :data:`GOES_ON` otherwise."""
+    """What a process tells its caller: 0 for a complete run, 2 for one that has diverged, else :data:`GOES_ON`."""
+    if stopped_by == DIVERGED:
+        return UserError.exit_code
     return 0 if stopped_by in COMPLETE else GOES_ON
 
 
@@ -56,13 +61,12 @@ def describe(folder: Path) -> tuple[str, int]:
     if not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} is no run's folder (it has no {CONFIG_FILE})")
     if summary := read_summary(folder):
-        code = exit_code(summary["stopped_by"])
-        rest = "complete" if code == 0 else "the same command goes on"
+        stopped_by = summary["stopped_by"]
         return (
-            f"{folder}: stopped by {summary['stopped_by']} after step {summary['steps']}, "
-            f"{summary['elapsed_seconds']:.1f} s spent: {rest}"
-        ), code
-    status = json.loads((folder / STATUS_FILE).read_text()) if (folder / STATUS_FILE).exists() else None
+            f"{folder}: stopped by {stopped_by} after step {summary['steps']}, {summary['elapsed_seconds']:.1f} s "
+            f"spent: {_ENDS.get(stopped_by, 'the same command goes on')}"
+        ), exit_code(stopped_by)
+    status = read_json(folder / STATUS_FILE, _NOT_OURS) if (folder / STATUS_FILE).exists() else None
     newest = latest_checkpoint(folder)
     kept = f"step {read_state(newest).step} is saved" if newest else "nothing is saved yet"
     last = f"last seen in {status['phase']} (process {status['pid']} on {status['host']})" if status else "not started"

@@ -20,7 +20,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.folders import write_json
-from pretrain.process_tree import is_alive, start_time
+from pretrain.process_tree import is_alive, pid_namespace, start_time
 from pretrain.processes import Processes
 from pretrain.run_record import STATUS_FILE
 
@@ -45,6 +45,8 @@ class Beat:
 
     rank: int
     host: str
+    namespace: str
+    """Where the process has its number: containers on one host have numbers of their own."""
     pid: int
     started: str
     """Of the process, in the system's ticks."""
@@ -59,9 +61,9 @@ class Beat:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended, as far as this host can tell."""
-        on_this_host = self.host == socket.gethostname()
-        return on_this_host and not (is_alive(self.pid) and start_time(self.pid) == self.started)
+        """Whether the process has ended, as far as this one can tell."""
+        can_be_seen = (self.host, self.namespace) == (socket.gethostname(), pid_namespace())
+        return can_be_seen and not (is_alive(self.pid) and start_time(self.pid) == self.started)
 
     def __str__(self) -> str:
         at = self.detail or self.phase
@@ -142,7 +144,7 @@ class Watch:
     def _own_beat(self) -> Beat:
         self._beats += 1
         phase, step, detail, _ = self._doing
-        own = (self._rank, socket.gethostname(), os.getpid(), self._started)
+        own = (self._rank, socket.gethostname(), pid_namespace(), os.getpid(), self._started)
         return Beat(*own, self._beats, phase, step, detail, self._stands_still_for())
 
     def _say(self) -> None:
