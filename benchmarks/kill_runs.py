@@ -15,7 +15,7 @@ PHASES = ("training", "validation", "saving", "closing")
 TARGETS = ("all", "deepspeed", "rank 1", "launch.py", "rank 0")
 CHECKPOINT_SHARE, VALIDATION_SHARE = 0.1, 0.15  # of the budget
 # A kill comes at random within so many seconds of a phase; one that is over by then is waited for again.
-DELAYS = {"training": 3.0, "validation": 0.4, "saving": 0.4, "closing": 1.5}
+DELAYS = {"training": 3.0, "validation": 0.4, "saving": 0.4, "closing": 0.8}
 START_SECONDS = 180.0  # within which a start has to make its first step
 LEAVE_SECONDS = 60.0  # within which the rest of the processes has to leave
 LAST_SECONDS = 3.0  # before its end, in which a run may complete although it was hit

@@ -108,7 +108,7 @@ def measure(kills: int, seconds: int, seed: int, folder: Path) -> dict[str, Any]
         "checks_failed": len(wrong),
         "runs": len(ends),
         "time_budget_seconds": seconds,
-        "checkpoint_interval_seconds": CHECKPOINT_SHARE * seconds,
+        "checkpoint_interval_seconds": round(CHECKPOINT_SHARE * seconds, 3),
         "lost_seconds_max": max((row.lost_seconds or 0.0 for row in rows), default=0.0),
         "gone_seconds_max": max((row.gone_seconds or 0.0 for row in rows), default=0.0),
         "budget_error_seconds_max": max((abs(end["error_seconds"]) for end in ends if end), default=0.0),
