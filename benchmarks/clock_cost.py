@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, who
 
 import numpy as np
 import torch
-from pretrain.director import Director
-from pretrain.processes import Processes, start_processes
 
 from benchmarks.gpu_rows import RowSource, to_batch
 from benchmarks.shared import Targets, misses, record, table
@@ -30,10 +28,12 @@ from pretrain.architecture import ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
 from pretrain.batches import Batch
 from pretrain.budget import Budget, Cadence
+from pretrain.director import Director
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import PretrainEngine
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.processes import Processes, leave, start_processes
 
 WORLD_SIZES = (1, 2, 4)
 STEPS_ON = 2
@@ -112,6 +112,7 @@ def measure_in_process(decisions: int, steps: int) -> None:
     processes.barrier()
     if processes.rank == 0:
         print(json.dumps(slowest))
+    leave(0)
 
 
 def director_of(processes: Processes) -> Director:

@@ -55,18 +55,26 @@ def last_step(events: list[dict[str, Any]]) -> Position:
     return Position(steps[-1]["step"], steps[-1]["elapsed_seconds"]) if steps else START
 
 
+def longest_step(events: list[dict[str, Any]]) -> float:
+    """Seconds; where no step follows on another one, of a start's first, with all that goes before it."""
+    return max(step_seconds(events) or _first_step_seconds(events), default=0.0)
+
+
 def allowance(events: list[dict[str, Any]]) -> float:
     """Seconds beyond the checkpoint interval that a kill may cost: a step, and a validation that was on the way.
 
     A start's first step comes with all that goes before it, which counts, too.
     """
-    first_steps = [
+    validations = [event["seconds"] for event in events if event["event"] == "validation"]
+    return max(step_seconds(events) + _first_step_seconds(events), default=0.0) + max(validations, default=0.0)
+
+
+def _first_step_seconds(events: list[dict[str, Any]]) -> list[float]:
+    return [
         after["elapsed_seconds"] - before["elapsed_seconds"]
         for before, after in itertools.pairwise(events)
         if (before["event"], after["event"]) == ("start", "train")
     ]
-    validations = [event["seconds"] for event in events if event["event"] == "validation"]
-    return max(step_seconds(events) + first_steps, default=0.0) + max(validations, default=0.0)
 
 
 def check_end(run: LaunchedRun, budget_seconds: float) -> tuple[dict[str, Any], list[str]]:
@@ -74,12 +82,12 @@ def check_end(run: LaunchedRun, budget_seconds: float) -> tuple[dict[str, Any], 
     summary, raw, events = run.summary(), run.events(), read_metrics(run.folder)
     if not run.is_complete:
         return {}, [f"the run is not complete: {run.last_words()}"]
-    error, longest_step = summary["elapsed_seconds"] - budget_seconds, max(step_seconds(raw))
+    error, longest = summary["elapsed_seconds"] - budget_seconds, longest_step(raw)
     spent = sum(summary["spent_seconds"].values())
     train = [event for event in events if event["event"] == "train"]
     newest = newest_checkpoint(run)
     wrong = {
-        f"the budget is missed by {error:.3f} s, a step takes {longest_step:.3f} s": abs(error) > longest_step,
+        f"the budget is missed by {error:.3f} s, a step takes {longest:.3f} s": abs(error) > longest,
         f"the parts of the time spent sum up to {spent:.3f} s": abs(spent - summary["elapsed_seconds"])
         > _CLOCK_TOLERANCE,
         "a step is missing or there twice": [event["step"] for event in train] != list(range(1, summary["steps"] + 1)),
@@ -95,7 +103,7 @@ def check_end(run: LaunchedRun, budget_seconds: float) -> tuple[dict[str, Any], 
         "starts": sum(event["event"] == "start" for event in raw),
         "steps": summary["steps"],
         "error_seconds": round(error, 3),
-        "longest_step_seconds": round(longest_step, 3),
+        "longest_step_seconds": round(longest, 3),
         "lost_seconds": summary["lost_seconds"],
     }
     return figures, [what for what, is_so in wrong.items() if is_so]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_checks import allowance, check_end
+from benchmarks.kill_checks import allowance, check_end, longest_step
 from benchmarks.kill_runs import PHASES, TARGETS
 from benchmarks.kills import wishes_of
 from benchmarks.launches import LaunchedRun, step_seconds
@@ -77,6 +77,7 @@ def test_pauses_are_no_steps_but_a_start_is_part_of_its_first() -> None:
     validation = {"event": "validation", "step": 2, "elapsed_seconds": 4.0, "seconds": 1.1}
     events = [*STEPS[:3], validation, train(3, 5.0)]
     assert step_seconds(events) == pytest.approx([0.9])
+    assert longest_step(events) == pytest.approx(0.9)
     assert allowance(events) == pytest.approx(2.0 + 1.1)
 
 
