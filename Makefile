@@ -11,7 +11,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
 
-.PHONY: setup demo real test test-slow lint bench-data bench-step bench-gpu clean
+.PHONY: setup demo real test test-slow lint bench-data bench-step bench-budget bench-kills bench-gpu clean
 
 setup: .venv/ready
 
@@ -62,10 +62,19 @@ lint: setup
 bench-data: setup
 	$(BIN)/python benchmarks/data_prep.py --data $(DATA)
 
-# The training step against Hugging Face's on a CPU; and everything that only a GPU can show.
+# The training step against Hugging Face's on a CPU.
 bench-step: setup
 	$(BIN)/python benchmarks/pretrain_step.py --data $(DATA)
 
+# What the clock costs and how exactly runs end with it (half an hour); runs that are killed (ten minutes).
+bench-budget: setup
+	$(BIN)/python benchmarks/clock_cost.py
+	$(BIN)/python benchmarks/deadline.py
+
+bench-kills: setup
+	$(BIN)/python benchmarks/kills.py
+
+# Everything that only a GPU can show.
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py --record
 

@@ -40,9 +40,20 @@ def table(figures: dict[str, Any], targets: Targets) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
 def meets(value: float, relation: str, target: float) -> bool:
     """Whether a figure is where it should be."""
     return value >= target if relation == "at least" else value <= target
+
+
+def misses(figures: dict[str, Any], targets: Targets) -> list[str]:
+    """The figures that are not where they should be."""
+    return [name for name, (relation, target) in targets.items() if not meets(figures[name], relation, target)]
 
 
 def record(figures: dict[str, Any], device: str, name: str) -> Path:

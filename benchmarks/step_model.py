@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_rows import RowSource
+from benchmarks.shared import markdown
 from data_prep.shards import RowSizes
 from pretrain.architecture import Architecture, ModelConfig, resolve
 from pretrain.batch_plan import BatchPlan
@@ -269,12 +270,6 @@ def _milliseconds(seconds: float) -> str:
 
 def _duration(days: float) -> str:
     return f"{days:.3f} days ({24 * days:.1f} h)"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
 if __name__ == "__main__":
