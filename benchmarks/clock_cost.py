@@ -118,7 +118,7 @@ def measure_in_process(decisions: int, steps: int) -> None:
 def director_of(processes: Processes) -> Director:
     """With all that a run lets it decide on, on a day's budget; nothing becomes due meanwhile."""
     budget = Budget(DAY, None)
-    budget.start()
+    budget.start(0)
     cadences = Cadence(0.5, 0.25, 0.05), Cadence(0.5)
     return Director(budget, *cadences, {1: 0.5}, lambda: None, processes.maximum, processes.rank)
 

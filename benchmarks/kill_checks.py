@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.launches import LaunchedRun, step_seconds, wait_until
 from common.errors import UserError
 from pretrain.checkpoint import latest_checkpoint, read_record, read_state
-from pretrain.metrics import read_metrics
+from pretrain.run_record import read_metrics
 from pretrain.weight_files import read_weights
 
 _LEAVING_SECONDS = 10.0  # for the processes of a run that is over
@@ -77,6 +77,13 @@ def _first_step_seconds(events: list[dict[str, Any]]) -> list[float]:
     ]
 
 
+def _last_start(events: list[dict[str, Any]]) -> float:
+    """Seconds of a start, where the last one had too little left for itself and a step, and only closed the run."""
+    last = max(number for number, event in enumerate(events) if event["event"] == "start")
+    closed_only = not any(event["event"] == "train" for event in events[last:])
+    return max(_first_step_seconds(events), default=0.0) if closed_only else 0.0
+
+
 def check_end(run: LaunchedRun, budget_seconds: float) -> tuple[dict[str, Any], list[str]]:
     """Figures of a run that should be complete, and what is wrong with it."""
     summary, raw, events = run.summary(), run.events(), read_metrics(run.folder)
@@ -87,7 +94,8 @@ def check_end(run: LaunchedRun, budget_seconds: float) -> tuple[dict[str, Any], 
     train = [event for event in events if event["event"] == "train"]
     newest = newest_checkpoint(run)
     wrong = {
-        f"the budget is missed by {error:.3f} s, a step takes {longest:.3f} s": abs(error) > longest,
+        f"the budget is passed by {error:.3f} s, a step takes {longest:.3f} s": error > longest,
+        f"{-error:.3f} s of the budget are unused, a step takes {longest:.3f} s": -error > longest + _last_start(raw),
         f"the parts of the time spent sum up to {spent:.3f} s": abs(spent - summary["elapsed_seconds"])
         > _CLOCK_TOLERANCE,
         "a step is missing or there twice": [event["step"] for event in train] != list(range(1, summary["steps"] + 1)),

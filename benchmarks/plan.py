@@ -21,8 +21,8 @@ from data_prep.build import build
 from pretrain.architecture import ModelConfig
 from pretrain.config import PretrainConfig
 from pretrain.forecast import Forecast
-from pretrain.metrics import read_metrics
 from pretrain.plan import Request, make_plan
+from pretrain.run_record import read_metrics
 from pretrain.trial_run import folder_bytes, run_to_its_end
 
 WITHIN = 0.10

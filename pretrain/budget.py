@@ -7,7 +7,8 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, get_args
 
 Activity = Literal[
@@ -55,7 +56,7 @@ class Budget:
         schedule_scale: length of the learning rate's schedule over the length of the run; 1 unless a run is only the
             first part of a longer schedule.
         spent_before: seconds that earlier parts of the run have spent, by activity.
-        step_seconds: how long their steps took, until this part has steps of its own to tell by.
+        durations: how long things took them (``starting``, ``first_step``, ``step``), until this part knows better.
         steps_in_flight: steps that are queued on the device while the next one is decided on.
         clock: monotonic seconds.
     """
@@ -66,7 +67,7 @@ class Budget:
         max_steps: int | None,
         schedule_scale: float = 1.0,
         spent_before: dict[str, float] | None = None,
-        step_seconds: float = 0.0,
+        durations: Mapping[str, float] = MappingProxyType({}),
         steps_in_flight: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,16 +76,29 @@ class Budget:
         self.max_steps = max_steps
         self._schedule_scale = schedule_scale
         self._spent = dict.fromkeys(ACTIVITIES, 0.0) | (spent_before or {})
-        self._earlier_step_seconds = step_seconds
+        self._spent_on_earlier_starts = self._spent["starting"]
+        self._durations = dict(durations)
         self._steps_in_flight = steps_in_flight
         self._clock = clock
         self._charged_until: float | None = None
+        self._is_over = False
         self._warmed_up = False
         self._recent_steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
-    def start(self) -> None:
-        """Start the clock: from here on, everything counts."""
-        self._charged_until = self._clock()
+    def start(self, step: int) -> None:
+        """Start the clock before step number ``step``: from here on, everything counts.
+
+        Where what is left is too short for starting and that step, the budget is taken as spent instead.
+        """
+        self._is_over = not self.has_room_for(step, self._durations.get("starting", 0.0))
+        if not self._is_over:
+            self._charged_until = self._clock()
+
+    def started(self) -> None:
+        """All is ready for the first step."""
+        if self._charged_until is not None:
+            self.charge("starting")
+            self._durations["starting"] = self._spent["starting"] - self._spent_on_earlier_starts
 
     def stop(self) -> None:
         """Stop it: what follows does not count."""
@@ -140,6 +154,9 @@ class Budget:
         """Tell how long a step took. A start's first one, which compiles and allocates, says nothing of the others."""
         if self._warmed_up:
             self._recent_steps.append(seconds)
+            self._durations["step"] = self.step_seconds
+        else:
+            self._durations["first_step"] = seconds
         self._warmed_up = True
 
     @property
@@ -149,13 +166,19 @@ class Budget:
 
     @property
     def step_seconds(self) -> float:
-        """How long a step may take: the slowest of the recent ones."""
-        return max(self._recent_steps, default=self._earlier_step_seconds)
+        """How long the next step may take: the slowest of the recent ones, and a start's first one as long as that."""
+        if not self._warmed_up:
+            return max(self._durations.get("first_step", 0.0), self._durations.get("step", 0.0))
+        return max(self._recent_steps, default=self._durations.get("step", 0.0))
 
     @property
     def typical_step_seconds(self) -> float:
         """How long a step usually takes: the median of the recent ones."""
-        return statistics.median(self._recent_steps) if self._recent_steps else self._earlier_step_seconds
+        return statistics.median(self._recent_steps) if self._recent_steps else self.step_seconds
+
+    def durations(self) -> dict[str, float]:
+        """How long things take, for a later part of the run."""
+        return dict(self._durations)
 
     @property
     def _pending_steps(self) -> int:
@@ -164,6 +187,8 @@ class Budget:
 
     def has_room_for(self, step: int, extra_seconds: float = 0.0) -> bool:
         """Whether one more step, and ``extra_seconds`` of other work, end within the budget."""
+        if self._is_over:
+            return False
         if self.max_steps is not None:
             return step < self.max_steps
         return self.elapsed() + self._pending_steps * self.step_seconds + extra_seconds < self.seconds

@@ -54,12 +54,15 @@ class TrainState:
     spent_seconds: dict[str, float]
     """Of the budget, by activity."""
     micro_batch_size: int
-    step_seconds: float
-    """How long the latest steps took."""
+    durations: dict[str, float]
+    """How long things took lately, in seconds: ``starting``, ``first_step``, ``step``, ``validate``, ``save``,
+    ``export``."""
     validation_loss: float | None
     """Of these very weights, where they have been validated."""
     best: dict[str, float]
     """The best loss so far by metric, which rules for an early stop go by."""
+    stopped_early: str | None
+    """The rule that has ended the run, where one has: only the closing is left."""
     setting: Setting
 
     @property
@@ -84,6 +87,8 @@ class Checkpoints:
         self._tokenizer_folder = tokenizer_folder
         self._keep = keep
         self._rank = rank
+        if rank == 0:
+            shutil.rmtree(self._folder / _WRITING, ignore_errors=True)  # of a start that was killed
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -115,7 +120,6 @@ class Checkpoints:
     ) -> None:
         barrier = engine.processes.barrier
         if self._rank == 0:
-            shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
         barrier()
         engine.save(self._folder, _WRITING)

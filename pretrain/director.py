@@ -6,12 +6,14 @@ the device, which still computes the step before (:class:`pretrain.engine.Pretra
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pretrain.budget import Budget, Cadence
 from pretrain.interruptions import INTERRUPTIONS
 
+_ACTIONS = ("validate", "save", "export")
 _REMEMBERED = 3
 
 
@@ -42,6 +44,7 @@ class Director:
         pending: what asks this process to leave, see :class:`pretrain.interruptions.Interruptions`.
         agree: the maximum over all ranks of each value, see :meth:`pretrain.processes.Processes.maximum`.
         rank: of this process.
+        durations: how long validations, checkpoints and exports took before (``validate``, ``save``, ``export``).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Director:
         pending: Callable[[], str | None],
         agree: Callable[..., list[float]],
         rank: int,
+        durations: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._budget = budget
         self._cadences = {"validate": validation, "save": saving}
@@ -60,8 +64,8 @@ class Director:
         self._pending = pending
         self._agree = agree
         self._rank = rank
-        self._durations: dict[str, deque[float]] = {
-            action: deque(maxlen=_REMEMBERED) for action in ("validate", "save", "export")
+        self._durations = {
+            action: deque([durations[action]] if action in durations else (), maxlen=_REMEMBERED) for action in _ACTIONS
         }
 
     def decide(self, step: int) -> Decision:
@@ -92,9 +96,13 @@ class Director:
         return self._agree(self._own_interruption()) != [0.0]
 
     def record(self, action: str, seconds: float) -> None:
-        """Tell how long a validation, a checkpoint or an export (``validate``, ``save``, ``export``) took, or may take,
-        so that none starts too late."""
+        """Tell how long a validation, a checkpoint or an export (``validate``, ``save``, ``export``) took, so that none
+        starts too late."""
         self._durations[action].append(seconds)
+
+    def durations(self) -> dict[str, float]:
+        """How long they take, for a later part of the run: the longest of the recent ones."""
+        return {action: max(recent) for action, recent in self._durations.items() if recent}
 
     def _own_interruption(self) -> int:
         pending = self._pending()
@@ -105,7 +113,7 @@ class Director:
         budget = self._budget
         progress = budget.progress_after(step)
         extra = 0.0
-        actions = {"validate": 0, "save": 0, "export": 0}
+        actions = dict.fromkeys(_ACTIONS, 0)
         for action, number in self._due(progress):
             needed = extra + max(self._durations[action], default=0.0)
             if budget.has_room_for(step, needed):

@@ -69,30 +69,25 @@ class Pretrainer:
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
         self._validated: tuple[int, ValidationFigures] | None = None
-        self._stopped_early: str | None = None
+        self._stopped_early = state.stopped_early if state else None
         self._early_stop = EarlyStop(config.stop_rules, config.budget_seconds, state.best if state else {})
-        self._budget = Budget(
-            config.budget_seconds,
-            config.max_steps,
-            config.schedule_scale,
-            state.spent_seconds if state else None,
-            state.step_seconds if state else 0.0,
-            steps_in_flight=int(processes.device.type == "cuda"),
-        )
-        validation, saving = config.cadences()
-        for cadence in (validation, saving):
+        spent, durations = (state.spent_seconds, state.durations) if state else ({}, {})
+        in_flight = int(processes.device.type == "cuda")
+        length = (config.budget_seconds, config.max_steps, config.schedule_scale)
+        self._budget = Budget(*length, spent, durations, in_flight)
+        cadences = config.cadences()
+        for cadence in cadences:
             cadence.skip_to(self._budget.progress(self._step))
         marks = {n: mark for n, mark in enumerate(config.export_at, 1) if not self._export_folder(n).exists()}
-        self._director = Director(
-            self._budget, validation, saving, marks, interruptions.pending, processes.maximum, processes.rank
-        )
+        asked = interruptions.pending
+        self._director = Director(self._budget, *cadences, marks, asked, processes.maximum, processes.rank, durations)
         self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
         self._facts = run_facts(config, autocast_dtype(ds_config) or torch.float32, manifest)
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
-        if self._budget.has_room_for(self._step):  # otherwise only the closing is left, which does not count
-            self._budget.start()
+        if not self._stopped_early:
+            self._budget.start(self._step)
         spent = self._budget.spent(self._step)
         self._metrics = MetricsWriter(
             self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent, self._wandb
@@ -115,7 +110,7 @@ class Pretrainer:
         peak_flops = matrix_product_rate(self._processes.device, dtype) * self._processes.world_size
         self._averages = StepAverages(Architecture(**self._setting.architecture), peak_flops)
         self._metrics.say(f"matrix products in {str(dtype).removeprefix('torch.')}: {peak_flops / 1e12:.2f} TFLOP/s")
-        self._budget.charge("starting")
+        self._budget.started()
 
     def train(self) -> str:
         """Train until the budget ends, then write the model folder and the summary; or leave early, all saved.
@@ -304,9 +299,10 @@ class Pretrainer:
             skipped_steps=self._skipped_steps,
             spent_seconds=self._budget.spent_seconds(),
             micro_batch_size=self._plan.micro_batch_size,
-            step_seconds=self._budget.step_seconds,
+            durations={**self._budget.durations(), **self._director.durations()},
             validation_loss=self._validated[1].loss if validated_here else None,
             best=self._early_stop.best,
+            stopped_early=self._stopped_early,
             setting=self._setting,
         )
 

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.folders import read_json, write_text
 from pretrain.config import PretrainConfig
 from pretrain.forecast import Durations, Estimate
-from pretrain.metrics import METRICS_FILE, read_metrics
+from pretrain.run_record import METRICS_FILE, read_metrics
 from pretrain.summary import MODEL_FOLDER, SUMMARY_FILE
 
 _PROGRAM = Path(__file__).parent.parent / "run_pretraining.py"

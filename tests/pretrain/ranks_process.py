@@ -61,7 +61,7 @@ class Training:
         batches.close()
 
     def save(self, folder: Path) -> None:
-        state = TrainState(self.step, self.step * BATCH, 0, {}, MICRO_BATCH, 0.1, None, {}, self.setting)
+        state = TrainState(self.step, self.step * BATCH, 0, {}, MICRO_BATCH, {}, None, {}, None, self.setting)
         checkpoints = Checkpoints(folder, self.manifest.tokenizer_folder, 1, self.processes.rank)
         checkpoints.save(self.engine, self.step, lambda: state, {})
 

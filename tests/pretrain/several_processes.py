@@ -32,7 +32,7 @@ def decide_together(processes: Processes, folder: Path, asks_to_leave: bool) -> 
         return time.monotonic() * (1.0 if rank != 1 else 50.0) + (9 * HOURS if rank == 1 else 0.0)
 
     budget = Budget(seconds=3.0, max_steps=None, clock=clock)
-    budget.start()
+    budget.start(0)
     director = Director(
         budget, Cadence(0.1), Cadence(0.25), {1: 0.5}, lambda: asked[-1] if asked else None, processes.maximum, rank
     )

@@ -40,7 +40,7 @@ def test_an_interval_is_a_share_of_the_run() -> None:
 def test_no_run_overruns_by_more_than_the_jitter_of_a_step(seed: int) -> None:
     clock, generator = FakeClock(), random.Random(seed)
     budget = Budget(seconds=60.0, max_steps=None, clock=clock)
-    budget.start()
+    budget.start(0)
     step = 0
     while budget.has_room_for(step):
         duration = generator.uniform(0.9, 1.1)
@@ -55,7 +55,7 @@ def test_a_step_on_its_way_to_the_device_is_counted_before_the_next_one_is_queue
     """As on a GPU: when a step is decided on, the one before has only begun to run."""
     clock, generator = FakeClock(), random.Random(seed)
     budget = Budget(seconds=60.0, max_steps=None, steps_in_flight=1, clock=clock)
-    budget.start()
+    budget.start(0)
     steps, running = 0, 0.0
     while budget.has_room_for(steps):
         clock.now += running  # until the step before has ended; this one begins
@@ -71,7 +71,7 @@ def test_elapsed_time_continues_over_a_resume_and_time_between_runs_does_not_cou
     budget = Budget(seconds=100.0, max_steps=None, spent_before={"training": 30.0, "starting": 10.0}, clock=clock)
     clock.now += 5000.0
     assert budget.elapsed() == 40.0
-    budget.start()
+    budget.start(0)
     clock.now += 10.0
     assert budget.elapsed() == 50.0
     assert budget.progress(step=3) == 0.5
@@ -81,7 +81,7 @@ def test_elapsed_time_continues_over_a_resume_and_time_between_runs_does_not_cou
 def test_every_second_is_put_down_to_one_activity(seed: int) -> None:
     clock, generator = FakeClock(), random.Random(seed)
     budget = Budget(seconds=1e9, max_steps=None, spent_before={"compile": 2.0}, clock=clock)
-    budget.start()
+    budget.start(0)
     expected = dict.fromkeys(ACTIVITIES, 0.0) | {"compile": 2.0}
     for _ in range(50):
         activity, seconds = generator.choice(ACTIVITIES), generator.uniform(0, 5)
@@ -98,7 +98,7 @@ def test_every_second_is_put_down_to_one_activity(seed: int) -> None:
 
 def test_a_run_of_steps_has_the_same_interface() -> None:
     budget = Budget(seconds=None, max_steps=4)
-    budget.start()
+    budget.start(0)
     assert [budget.progress(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [budget.progress_after(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert [budget.has_room_for(step) for step in range(6)] == [True] * 4 + [False] * 2
@@ -107,7 +107,7 @@ def test_a_run_of_steps_has_the_same_interface() -> None:
 def test_progress_after_a_step_is_where_the_clock_will_stand() -> None:
     clock = FakeClock()
     budget = Budget(seconds=100.0, max_steps=None, clock=clock)
-    budget.start()
+    budget.start(0)
     for seconds in (9.0, 2.0, 2.0, 20.0):  # the first one and the odd one tell nothing of the others
         clock.now += seconds
         budget.record_step(seconds)
@@ -117,7 +117,7 @@ def test_progress_after_a_step_is_where_the_clock_will_stand() -> None:
 def test_a_schedule_longer_than_the_run_ends_early() -> None:
     clock = FakeClock()
     budget = Budget(seconds=100.0, max_steps=None, schedule_scale=3.0, clock=clock)
-    budget.start()
+    budget.start(0)
     clock.now += 50.0
     assert budget.progress(0) == 0.5
     assert budget.schedule_position(budget.progress(0)) == pytest.approx(1 / 6)
@@ -154,7 +154,7 @@ def test_a_resume_does_not_repeat_marks() -> None:
 def test_a_slow_first_step_does_not_end_the_run() -> None:
     clock = FakeClock()
     budget = Budget(seconds=150.0, max_steps=None, clock=clock)
-    budget.start()
+    budget.start(0)
     clock.now += 80.0
     budget.record_step(80.0)  # compilation
     assert budget.has_room_for(1)
@@ -164,5 +164,32 @@ def test_a_slow_first_step_does_not_end_the_run() -> None:
 
 
 def test_a_resume_near_the_end_knows_how_long_a_step_takes() -> None:
-    budget = Budget(seconds=100.0, max_steps=None, spent_before={"training": 97.0}, step_seconds=5.0)
+    budget = Budget(seconds=100.0, max_steps=None, spent_before={"training": 97.0}, durations={"step": 5.0})
     assert not budget.has_room_for(20)
+
+
+@pytest.mark.parametrize(("left", "starts"), [(20.0, True), (14.0, False)])
+def test_a_resume_that_could_not_make_a_step_leaves_the_rest_of_the_budget(left: float, starts: bool) -> None:
+    """Starting takes 5 s and a start's first step 10."""
+    clock = FakeClock()
+    durations = {"starting": 5.0, "first_step": 10.0, "step": 1.0}
+    budget = Budget(100.0, None, spent_before={"training": 100.0 - left}, durations=durations, clock=clock)
+    budget.start(7)
+    clock.now += 5.0
+    budget.started()
+    assert budget.has_room_for(7) == starts
+    assert budget.elapsed() == 100.0 - left + (5.0 if starts else 0.0)
+
+
+def test_what_a_start_has_learnt_is_told_to_the_next_one() -> None:
+    clock = FakeClock()
+    budget = Budget(100.0, None, spent_before={"starting": 50.0}, clock=clock)
+    budget.start(0)
+    clock.now += 3.0
+    budget.charge("micro_batch_search")
+    clock.now += 2.0
+    budget.started()
+    for seconds in (8.0, 1.0, 1.5):
+        clock.now += seconds
+        budget.record_step(seconds)
+    assert budget.durations() == {"starting": 2.0, "first_step": 8.0, "step": 1.5}

@@ -47,7 +47,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 def state(step: int, validation_loss: float | None = None) -> TrainState:
     spent = {"training": 1.0, "validation": 0.5}
-    return TrainState(step, 8 * step, 0, spent, 4, 0.1, validation_loss, {"train_loss": 3.0}, SETTING)
+    return TrainState(step, 8 * step, 0, spent, 4, {"step": 0.1}, validation_loss, {"train_loss": 3.0}, None, SETTING)
 
 
 def save(checkpoints: Checkpoints, step: int, validation_loss: float | None = None) -> Path:
@@ -111,8 +111,9 @@ def test_a_save_that_was_killed_leaves_the_one_before(checkpoints, tmp_path) -> 
         checkpoints.save(Killed(), 2, lambda: state(2), {})
     assert checkpoints.latest() == first
     assert read_state(first).step == 1
-    assert read_state(save(checkpoints, 3)).step == 3
+    next_start = Checkpoints(tmp_path / "run", tmp_path / "tokenizer", keep=2, rank=0)
     assert not (tmp_path / "run" / "checkpoints" / "writing").exists()
+    assert read_state(save(next_start, 3)).step == 3
 
 
 @pytest.mark.parametrize(

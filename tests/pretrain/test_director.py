@@ -23,6 +23,7 @@ def alone(budget: Budget, **options) -> Director:
         "saving": Cadence(0.25),
         "export_marks": {},
         "pending": lambda: None,
+        "durations": {},
         "agree": lambda *values: [float(value) for value in values],
         "rank": 0,
     }
@@ -69,7 +70,7 @@ def test_the_last_learning_rate_is_zero_within_a_steps_share() -> None:
     for seconds in (0.9, 1.0, 1.7, 7.0):
         clock = FakeClock()
         budget = Budget(seconds=100.0, max_steps=None, clock=clock)
-        budget.start()
+        budget.start(0)
         *steps, _ = decisions_of_a_run(alone(budget), clock, budget, seconds)
         assert 1.0 - steps[-1].schedule_position <= seconds / 100.0 + 1e-9
         assert [step.progress for step in steps] == sorted(step.progress for step in steps)
@@ -77,7 +78,7 @@ def test_the_last_learning_rate_is_zero_within_a_steps_share() -> None:
 
 def test_in_a_run_of_steps_the_last_learning_rate_is_exactly_zero() -> None:
     clock, budget = FakeClock(), Budget(seconds=None, max_steps=7)
-    budget.start()
+    budget.start(0)
     *steps, last = decisions_of_a_run(alone(budget), clock, budget, 1.0)
     assert [step.progress for step in steps] == pytest.approx([step / 7 for step in range(1, 8)])
     assert steps[-1].schedule_position == 1.0
@@ -88,9 +89,8 @@ def test_what_would_pass_the_deadline_is_left_out() -> None:
     """Validation at 90 % would take longer than what is left: the closing validates anyway."""
     clock = FakeClock()
     budget = Budget(seconds=100.0, max_steps=None, clock=clock)
-    budget.start()
-    director = alone(budget, saving=Cadence(0.45))
-    director.record("validate", 12.0)
+    budget.start(0)
+    director = alone(budget, saving=Cadence(0.45), durations={"validate": 12.0})
     *steps, _ = decisions_of_a_run(director, clock, budget, 3.0)
     validated = [step.progress for step in steps if step.validate]
     assert len(validated) == 8
@@ -100,7 +100,7 @@ def test_what_would_pass_the_deadline_is_left_out() -> None:
 
 def test_each_mark_for_an_export_comes_once_even_where_one_step_passes_two() -> None:
     clock, budget = FakeClock(), Budget(seconds=None, max_steps=10)
-    budget.start()
+    budget.start(0)
     director = alone(budget, export_marks={1: 0.25, 2: 0.61, 3: 0.65})
     *steps, _ = decisions_of_a_run(director, clock, budget, 1.0)
     exports = {step.export: round(step.progress, 2) for step in steps if step.export}
@@ -110,7 +110,7 @@ def test_each_mark_for_an_export_comes_once_even_where_one_step_passes_two() -> 
 @pytest.mark.parametrize("reason", INTERRUPTIONS)
 def test_what_asks_a_rank_to_leave_is_the_reason(reason: str) -> None:
     budget = Budget(seconds=None, max_steps=10)
-    budget.start()
+    budget.start(0)
     assert alone(budget, pending=lambda: reason).decide(3).stopped_by == reason
 
 

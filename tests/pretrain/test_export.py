@@ -76,7 +76,7 @@ def save_checkpoint(
     output_dir: Path, manifest: Manifest, weights: dict[str, torch.Tensor], architecture: Architecture, step: int = 5
 ) -> Path:
     setting = Setting(manifest.sha256, asdict(architecture), "adamw", zero_stage=0, world_size=1)
-    state = TrainState(step, 40, 0, {"training": 7199.5}, 4, 0.1, None, {}, setting)
+    state = TrainState(step, 40, 0, {"training": 7199.5}, 4, {}, None, {}, None, setting)
     checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, keep=2, rank=0)
     checkpoints.save(FilesOnly(weights), step, lambda: state, record_of(manifest))
     newest = checkpoints.latest()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common.folders import only_writer
 from pretrain.interruptions import Interruptions
-from pretrain.metrics import read_metrics
+from pretrain.run_record import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -23,8 +23,8 @@ from pretrain.data_sample import DataSample, emptiness, sample_data
 from pretrain.director import Director
 from pretrain.forecast import Course, Durations, Estimate, Forecast, marks_of, predict, run_out
 from pretrain.hardware import GPUS, computed_estimate, first_that_fits, num_parameters
-from pretrain.metrics import read_metrics
 from pretrain.plan import TOKENS_A_PARAMETER, Row, recommend
+from pretrain.run_record import read_metrics
 from pretrain.trial_run import Trial, last_word, trial_config
 
 DURATIONS = Durations(
@@ -58,7 +58,7 @@ def simulate(seconds: float, durations: Durations, cadences: list[Cadence], expo
     marks = dict(enumerate(exports, 1))
     director = Director(budget, *cadences, marks, lambda: None, lambda *values: [float(v) for v in values], rank=0)
     counts = {"validate": 0, "save": 0, "export": 0}
-    budget.start()
+    budget.start(0)
     now[0] += durations.starting + durations.micro_batch_search
     step = 0
 
