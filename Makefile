@@ -8,8 +8,7 @@ DATA ?= data
 # One process a GPU; on a machine without one, two CPU processes.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-FREE_PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
-DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES) --master_port $(FREE_PORT)
+DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES)
 
 .PHONY: setup demo real test test-slow lint bench-data bench-step bench-budget bench-kills bench-gpu clean
 

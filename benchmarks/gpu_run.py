@@ -130,6 +130,8 @@ class BudgetedRun:
         found = {
             "run: deadline kept to the step": abs(self._budget - summary["elapsed_seconds"]) <= slowest,
             "run: the learning rate is the schedule's to the end": abs(last["learning_rate"] - scheduled) < 1e-9,
+            "run: the last learning rate is zero within a step's share": last["learning_rate"] / _PEAK_LEARNING_RATE
+            <= slowest / self._budget / (1 - _WARMUP_PROPORTION),
             "run: resumed from its checkpoint": len(starts) == 2 and _is_consecutive([step["step"] for step in steps]),
             "run: the exported model loads and predicts": _predicts(self._run / "hf"),
         }

@@ -106,7 +106,7 @@ class PretrainEngine:
         return self._processes
 
     def train_step(
-        self, micro_batches: list[MicroBatch], num_predictions: int, lr_multiplier: float, dropout_seed: int
+        self, micro_batches: Iterable[MicroBatch], num_predictions: int, lr_multiplier: float, dropout_seed: int
     ) -> StepResult:
         """One optimizer step over this rank's ``micro_batches``, however many these are.
 

@@ -1,7 +1,7 @@
 """One process's part of a pretraining run: steps until the budget ends, then the model folder."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pretrain.flops import matrix_product_rate
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
 from pretrain.metrics import MetricsWriter, StepAverages
 from pretrain.model_card import run_facts
+from pretrain.packing import MicroBatch
 from pretrain.processes import Processes
 from pretrain.run_record import curves, lost_seconds, read_metrics
 from pretrain.schedule import lr_multiplier
@@ -157,10 +158,10 @@ class Pretrainer:
         self._watch.enter("training", self._step, "reading data")
         batch = self._batches.next_batch()
         self._budget.charge("data_wait")
-        self._watch.enter("training", self._step)
         seed = dropout_seed(self._config.seed, self._step, self._processes.rank)
         try:
-            result = self._engine.train_step(batch.micro_batches, batch.workload.predictions, multiplier, seed)
+            micro_batches = self._told(batch.micro_batches)
+            result = self._engine.train_step(micro_batches, batch.workload.predictions, multiplier, seed)
         except torch.OutOfMemoryError:
             result = None  # no more than this here: the exception holds the memory of the failed pass
         if result is None:
@@ -177,6 +178,12 @@ class Pretrainer:
         self._averages.add(result.loss_sum, batch.workload)
         if self._step % self._config.log_interval == 0:
             self._log()
+
+    def _told(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """Each of them is a sign of life: a step may be long."""
+        for micro_batch in micro_batches:
+            self._watch.enter("training", self._step)
+            yield micro_batch
 
     def _out_of_memory(self) -> UserError:
         size = self._plan.micro_batch_size

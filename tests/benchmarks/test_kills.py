@@ -51,8 +51,8 @@ STEPS = [START, train(1, 2.0), train(2, 2.9), train(3, 3.9)]
     ("events", "summary", "found"),
     [
         (STEPS, {}, None),
-        (STEPS, {"elapsed_seconds": 5.5, "spent_seconds": {"training": 5.5}}, "the budget is missed by 1.500 s"),
-        (STEPS, {"elapsed_seconds": 2.5, "spent_seconds": {"training": 2.5}}, "the budget is missed by -1.500 s"),
+        (STEPS, {"elapsed_seconds": 5.5, "spent_seconds": {"training": 5.5}}, "the budget is passed by 1.500 s"),
+        (STEPS, {"elapsed_seconds": 2.5, "spent_seconds": {"training": 2.5}}, "1.500 s of the budget are unused"),
         (STEPS, {"spent_seconds": {"training": 2.0}}, "the parts of the time spent sum up to 2.000 s"),
         ([*STEPS[:3], train(2, 3.0), train(3, 3.9)], {}, "a step is missing or there twice"),
         ([START, train(1, 2.0), train(3, 3.0), train(4, 3.9)], {}, "a step is missing or there twice"),
