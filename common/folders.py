@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,7 +165,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+def only_writer(
+    folder: Path, wait_seconds: float = 0.0, while_waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Be the only one who writes to ``folder``; the system gives the lock up when the process ends.
 
     What a process that was killed left half-written there is removed.
@@ -173,26 +175,29 @@ def only_writer(folder: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     Args:
         folder: there already.
         wait_seconds: how long to wait for another to leave.
+        while_waiting: called twice a second meanwhile; what it raises ends the waiting.
 
     Raises:
         UserError: another process is at work there.
     """
     lock = folder / ".lock"
-    deadline = time.monotonic() + wait_seconds
+    deadline, told = time.monotonic() + wait_seconds, False
     while True:
         try:
             with file_lock(lock, blocking=False):
-                lock.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+                lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
                 _clear_leftovers(folder)
                 yield
                 return
         except BlockingIOError:
-            other = f"process {lock.read_text(encoding='utf-8')}"
+            other = lock.read_text(encoding="utf-8") or "another process"
         if time.monotonic() >= deadline:
             waited = f" still after {wait_seconds:.0f} s" if wait_seconds else ""
             raise UserError(f"{other} is{waited} at work in {folder}: wait for its end, or stop it")
-        if wait_seconds and time.monotonic() < deadline - wait_seconds + _LOCK_LOOK_SECONDS:
+        if not told:
             print(f"{other} is at work in {folder}: waiting up to {wait_seconds:.0f} s for it to leave", flush=True)
+            told = True
+        while_waiting()
         time.sleep(_LOCK_LOOK_SECONDS)
 
 

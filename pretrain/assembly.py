@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.errors import UserError
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan, MicroBatchShape
@@ -35,6 +36,14 @@ class Assembly:
     shape: MicroBatchShape
     trials: MicroBatchTrials
     """To find out what would fit where memory ends."""
+
+    def out_of_memory(self, has_optimizer_state: bool) -> UserError:
+        """What a step that found no memory says: which micro-batch would fit."""
+        size = self.plan.micro_batch_size
+        with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
+            fits = self.trials.largest_that_fits(size, has_optimizer_state)
+        advice = f"{fits} fits" if fits else "nothing smaller fits: take a smaller model or max_seq_length"
+        return UserError(f"out of memory with micro_batch_size {size}: {advice}")
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

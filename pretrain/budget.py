@@ -16,6 +16,7 @@ Activity = Literal[
 ]
 ACTIVITIES = get_args(Activity)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST = 3650 * _UNITS["d"]
 _STEPS_REMEMBERED = 5
 
 
@@ -28,7 +29,10 @@ def parse_duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
     if not match or float(match[1]) <= 0:
         raise ValueError(f"'{text}' is not a duration: write a number and a unit, like 90s, 30m, 24h or 3d")
-    return float(match[1]) * _UNITS[match[2]]
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if seconds > _LONGEST:
+        raise ValueError(f"'{text}' is longer than {_LONGEST / _UNITS['d']:.0f} days")
+    return seconds
 
 
 def share_of_run(interval: str, run_seconds: float | None) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.folders import errors_of_writing, read_json, require_folder, write_json, write_text
+from common.folders import CONFIG_FILE, errors_of_writing, read_json, require_folder, write_json, write_text
 from data_prep.shards import TOKENIZER_FOLDER
 from pretrain.weight_files import check_whole
 
@@ -23,6 +23,7 @@ RECORD_FILE = "pretraining.json"
 _LATEST_FILE, _BEST_FILE = "latest", "best"
 _STATE_FILE = "state.json"
 _WRITING = "writing"
+_PREFIX = "step-"
 _NOT_OURS = "this is not a checkpoint of ours"
 
 
@@ -79,16 +80,25 @@ class Checkpoints:
         tokenizer_folder: the data's, which every checkpoint gets a copy of.
         keep: how many stay.
         rank: of this process.
+        resumed: the one that the run goes on from, its own or another run's.
     """
 
-    def __init__(self, output_dir: Path, tokenizer_folder: Path, keep: int, rank: int) -> None:
+    def __init__(
+        self, output_dir: Path, tokenizer_folder: Path, keep: int, rank: int, resumed: Path | None = None
+    ) -> None:
         self._output_dir = output_dir
         self._folder = output_dir / _CHECKPOINTS_FOLDER
         self._tokenizer_folder = tokenizer_folder
         self._keep = keep
         self._rank = rank
+        # Remembered, not read: a shared folder may show ranks on other machines what was there before.
+        self._saved_step = int(resumed.name.removeprefix(_PREFIX)) if resumed and self.owns(resumed) else None
         if rank == 0:
             shutil.rmtree(self._folder / _WRITING, ignore_errors=True)  # of a start that was killed
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether it is one of this run, by its name alone."""
+        return checkpoint.parent == self._folder
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -99,20 +109,20 @@ class Checkpoints:
     ) -> bool:
         """Write a checkpoint; every rank calls it. A kill at any moment leaves the one before in place.
 
-        Returns:
-            False where that step is saved already.
-
         Args:
             engine: whose weights and optimizer.
             step: of the run.
             state: asked when all else is written, so that the time of writing is in it.
             record: tells, as JSON, how the run has gone so far; the exported model gets it.
+
+        Returns:
+            False where that step is saved already.
         """
-        name = f"step-{step:08d}"
-        if self.latest() == self._folder / name:
+        if self._saved_step == step:
             return False
         with errors_of_writing(self._output_dir):
-            self._write(name, engine, state, record)
+            self._write(_name(step), engine, state, record)
+        self._saved_step = step
         return True
 
     def _write(
@@ -130,14 +140,16 @@ class Checkpoints:
 
     def _finish(self, name: str, state: Callable[[], TrainState], record: dict[str, Any]) -> None:
         copy_files(self._tokenizer_folder, self._folder / _WRITING / TOKENIZER_FOLDER)
+        if (config := self._output_dir / CONFIG_FILE).exists():
+            shutil.copyfile(config, self._folder / _WRITING / CONFIG_FILE)
         write_json(self._folder / _WRITING / RECORD_FILE, record)
         write_json(self._folder / _WRITING / _STATE_FILE, asdict(state()))
-        for path in self._folder.glob("step-*"):
+        for path in self._folder.glob(f"{_PREFIX}*"):
             if path.name >= name:  # of a start that was killed before it could point there
                 shutil.rmtree(path)
         (self._folder / _WRITING).rename(self._folder / name)
-        self._compare_with_best(self._folder / name)
         write_text(self._folder / _LATEST_FILE, name + "\n")
+        self._compare_with_best(self._folder / name)
         self._remove_old()
 
     def _compare_with_best(self, checkpoint: Path) -> None:
@@ -157,11 +169,15 @@ class Checkpoints:
             write_json(newest / RECORD_FILE, record)
 
     def _remove_old(self) -> None:
-        newest_last = sorted(self._folder.glob("step-*"))
+        newest_last = sorted(self._folder.glob(f"{_PREFIX}*"))
         best = best_checkpoint(self._output_dir)
         for path in newest_last[: -self._keep]:
             if path != best:
                 shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:

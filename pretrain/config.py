@@ -89,10 +89,13 @@ class PretrainConfig:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if marks := [mark for mark in self.export_at if not 0 < mark < 1]:
             raise ValueError(f"export_at {marks[0]} is not a share between 0 and 1")
+        if len({f"{mark:.4g}" for mark in self.export_at}) < len(self.export_at):
+            raise ValueError(f"export_at {self.export_at} names a share twice")
         for duration in (self.preemption_margin, self.hang_timeout):
             parse_duration(duration)
         for rule in self.stop_rules:
-            share_of_run(rule.after, self.budget_seconds)
+            if share_of_run(rule.after, self.budget_seconds) > 1:
+                raise ValueError(f"early_stop after {rule.after} lies beyond the run of {self.time_budget}")
         if self.schedule_scale < 1:
             raise ValueError(f"schedule_length {self.schedule_length} is shorter than time_budget {self.time_budget}")
         self.cadences()

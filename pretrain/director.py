@@ -15,6 +15,7 @@ from pretrain.interruptions import INTERRUPTIONS
 
 _ACTIONS = ("validate", "save", "export")
 _REMEMBERED = 3
+_NEVER_DONE = 0.05  # of the budget: what nobody knows the duration of is taken to last that long
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Director:
     """Takes the decisions.
 
     Args:
-        budget: read on rank 0 alone.
+        budget: rank 0's decides.
         validation: when to validate.
         saving: when to save.
         export_marks: shares of the budget at which models are exported and which are still to come, by number.
@@ -115,14 +116,15 @@ class Director:
         extra = 0.0
         actions = dict.fromkeys(_ACTIONS, 0)
         for action, number in self._due(progress):
-            needed = extra + max(self._durations[action], default=0.0)
-            if budget.has_room_for(step, needed):
+            needed = extra + max(self._durations[action], default=_NEVER_DONE * (budget.seconds or 0.0))
+            # One more step must fit behind it, so that the last one's learning rate is near zero.
+            if budget.has_room_for(step, needed + budget.step_seconds):
                 actions[action], extra = number, needed
         ends = not budget.has_room_for(step)
         return (float(ends), progress, budget.schedule_position(progress), *map(float, actions.values()))
 
     def _due(self, progress: float) -> list[tuple[str, int]]:
-        if progress >= 1.0:  # the closing does all of it
+        if progress >= 1.0:  # the closing follows, which saves, validates and exports
             return []
         due = [(action, 1) for action, cadence in self._cadences.items() if cadence.is_due(progress)]
         marks = [number for number, mark in self._export_marks.items() if mark <= progress]

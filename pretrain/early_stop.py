@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from common.errors import UserError
 from pretrain.budget import share_of_run
 
 
@@ -25,6 +26,10 @@ class StopRule:
 
 TWENTY_FOUR_HOUR_BERT = (StopRule("3h", "validation_loss", 6.0),)
 """Izsak et al. 2021, 4.2: what has not reached a validation loss of 6.0 after 3 hours is dropped."""
+
+
+class Diverged(UserError):
+    """The loss, the weights or the loss scale are beyond use: nothing but an earlier checkpoint helps."""
 
 
 class EarlyStop:

@@ -26,10 +26,10 @@ from pretrain.processes import Processes
 
 _LOSS_SCALE_AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's words
 _MINIMUM_LOSS_SCALE = 1.0
-_STUCK_LOSS_SCALE = (
-    "gradients overflow in fp16 even at the smallest loss scale: training diverged; try a lower learning rate, a "
-    "longer warmup, or a ds_config with bf16"
-)
+
+
+class StuckLossScaleError(Exception):
+    """Gradients overflow in fp16 even at the smallest loss scale."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StepResult:
     """Over this rank's predictions: a detached scalar on the device."""
     applied: bool
     """False where fp16 gradients overflowed, so that the weights stayed as they were. The same on all ranks."""
-    is_timed: bool
-    """Whether the call has lasted as long as a step runs; not so where it only filled a GPU's empty queue."""
+    ended_one: bool
+    """Whether a step has ended in this call: on a CPU this one, on a GPU the one before, if there was one."""
 
 
 def _initialize(
@@ -120,7 +120,7 @@ class PretrainEngine:
             dropout_seed: of this rank and step.
 
         Raises:
-            UserError: gradients overflow in fp16 whatever the loss scale.
+            StuckLossScaleError: gradients overflow in fp16 whatever the loss scale.
         """
         self._engine.train()
         torch.manual_seed(dropout_seed)
@@ -135,6 +135,11 @@ class PretrainEngine:
         applied = self._update()
         return StepResult(total, applied, self._wait_for_the_step_before() if self._on_gpu else True)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the device may still run a step."""
+        return self._step_before is not None
+
     def _wait_for_the_step_before(self) -> bool:
         """Whether there was one."""
         before, self._step_before = self._step_before, torch.cuda.Event()
@@ -143,11 +148,12 @@ class PretrainEngine:
             before.synchronize()
         return before is not None
 
-    def finish(self) -> None:
-        """Wait for the step that the device may still run."""
-        if self._step_before:
-            self._step_before.synchronize()
-            self._step_before = None
+    def finish(self) -> bool:
+        """Wait for the step that the device may still run; whether there was one."""
+        before, self._step_before = self._step_before, None
+        if before:
+            before.synchronize()
+        return before is not None
 
     def _update(self) -> bool:
         """Let the optimizer step; False where fp16 gradients overflowed and the loss scale went down instead."""
@@ -158,9 +164,9 @@ class PretrainEngine:
         except Exception as error:
             if _LOSS_SCALE_AT_MINIMUM not in str(error):
                 raise
-            raise UserError(_STUCK_LOSS_SCALE) from None
+            raise StuckLossScaleError from None
         if scaler and scaler.get_scale() < _MINIMUM_LOSS_SCALE:
-            raise UserError(_STUCK_LOSS_SCALE)
+            raise StuckLossScaleError
         return self._engine.was_step_applied() and not (scaler and scaler.get_scale() < scale_before)
 
     @property

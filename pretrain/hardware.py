@@ -5,15 +5,12 @@ What is assumed has a name here. Communication between GPUs is left out: docs/pe
 
 from dataclasses import dataclass
 
-import torch
-
 from common.errors import UserError
 from pretrain.architecture import Architecture
 from pretrain.batch_plan import BatchPlan
 from pretrain.data_sample import DataSample
 from pretrain.flops import model_flops
 from pretrain.forecast import Durations, Estimate
-from pretrain.model import MaskedLanguageModel
 
 # Of the maker's rate, over a whole step. 24hBERT's BERT-large on 8 Titan-V (their Table 1: 136 padded rows a second and
 # GPU) comes to 30 %, NVIDIA's DeepLearningExamples on an A100 (580 rows a second, phase 1) to 45 %.
@@ -76,12 +73,6 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
-def num_parameters(architecture: Architecture) -> int:
-    """All that are trained, embeddings included."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MaskedLanguageModel(architecture).parameters())
-
-
 def memory_bytes(architecture: Architecture, sample: DataSample, micro_batch_size: int, num_gpus: int) -> float:
     """That one GPU should need: weights, gradients and moments, what a backward pass wants kept, and a fixed part."""
     held = HELD_BYTES + (GRADIENTS_ON_THEIR_WAY_BYTES if num_gpus > 1 else 0)
@@ -91,7 +82,7 @@ def memory_bytes(architecture: Architecture, sample: DataSample, micro_batch_siz
     )
     layers = LAYER_BYTES * architecture.hidden_size * architecture.num_hidden_layers * tokens
     head = HEAD_BYTES * architecture.padded_vocab_size * predictions
-    return held * num_parameters(architecture) + layers + head + CONTEXT_BYTES
+    return held * architecture.num_parameters + layers + head + CONTEXT_BYTES
 
 
 def first_that_fits(
@@ -133,7 +124,7 @@ def computed_estimate(
     sequence_seconds = model_flops(architecture, sample.workload) / sample.workload.sequences / rate
     step = batch_plan.train_batch_size * sequence_seconds / (1 - idle_share)
     validation = sample.validation_rows * sequence_seconds * FORWARD_SHARE
-    parameters = num_parameters(architecture)
+    parameters = architecture.num_parameters
     checkpoint = CHECKPOINT_BYTES * parameters / DISK_BYTES_PER_SECOND
     export = EXPORT_SECONDS + MODEL_BYTES * parameters / DISK_BYTES_PER_SECOND
     durations = Durations(

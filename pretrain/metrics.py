@@ -52,9 +52,9 @@ class MetricsWriter:
         with errors_of_writing(self._folder):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        for name, value in numbers.items():
-            self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{event}/{name}", value, step, walltime=time.time())
         if self._wandb and numbers:
             self._wandb.log(event, step, record["elapsed_seconds"], numbers)
 

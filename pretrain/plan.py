@@ -26,7 +26,6 @@ from pretrain.hardware import (
     computed_estimate,
     find_gpu,
     first_that_fits,
-    num_parameters,
 )
 from pretrain.init_from import resolve_from
 from pretrain.trial_run import Trial
@@ -174,7 +173,7 @@ class _Planner:
         row = Row(candidate.model, candidate.config.train_batch_size, candidate.options)
         try:
             architecture = _architecture(candidate.config, self.manifest)
-            row = replace(row, parameters=num_parameters(architecture))
+            row = replace(row, parameters=architecture.num_parameters)
             check_divisible(candidate.config.train_batch_size, candidate.config.micro_batch_size, self.num_gpus)
             if self.gpu:
                 estimates = self._computed(candidate.config, architecture, self.gpu)

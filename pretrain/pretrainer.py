@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError
 from common.folders import errors_of_writing
 from data_prep.shards import Manifest
 from pretrain.architecture import Architecture
@@ -19,8 +18,10 @@ from pretrain.checkpoint import Checkpoints, Setting, TrainState, latest_checkpo
 from pretrain.config import PretrainConfig
 from pretrain.director import Decision, Director
 from pretrain.ds_config import autocast_dtype
-from pretrain.early_stop import EarlyStop
+from pretrain.early_stop import Diverged, EarlyStop
+from pretrain.engine import StuckLossScaleError
 from pretrain.export import export
+from pretrain.exports import Exports
 from pretrain.flops import matrix_product_rate
 from pretrain.interruptions import INTERRUPTIONS, Interruptions
 from pretrain.metrics import MetricsWriter, StepAverages
@@ -33,12 +34,7 @@ from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
 from pretrain.validation import Validation, ValidationFigures
 from pretrain.watch import Phase, Watch
 
-EXPORTS_FOLDER = "exports"
 _GRACE_SECONDS = 30.0  # launchers kill so long after SIGTERM
-
-
-class Diverged(UserError):
-    """The loss or the weights are no numbers any more."""
 
 
 class Pretrainer:
@@ -52,6 +48,7 @@ class Pretrainer:
         output_dir: Path,
         setting: Setting,
         state: TrainState | None,
+        checkpoint: Path | None,
         processes: Processes,
         watch: Watch,
         interruptions: Interruptions,
@@ -65,37 +62,44 @@ class Pretrainer:
         self._processes = processes
         self._watch = watch
         self._state = state
+        self._checkpoint = checkpoint
         self._wandb = wandb
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
         self._validated: tuple[int, ValidationFigures] | None = None
-        self._stopped_early = state.stopped_early if state else None
-        self._early_stop = EarlyStop(config.stop_rules, config.budget_seconds, state.best if state else {})
+        self._running_since: float | None = None
+        self._checkpoints = Checkpoints(
+            output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank, checkpoint
+        )
+        # Another run's rules are not this one's.
+        judged = state if checkpoint and self._checkpoints.owns(checkpoint) else None
+        self._stopped_early = judged.stopped_early if judged else None
+        self._early_stop = EarlyStop(config.stop_rules, config.budget_seconds, judged.best if judged else {})
         spent, durations = (state.spent_seconds, state.durations) if state else ({}, {})
         in_flight = int(processes.device.type == "cuda")
         length = (config.budget_seconds, config.max_steps, config.schedule_scale)
         self._budget = Budget(*length, spent, durations, in_flight)
+        self._progress = self._budget.progress(self._step)
         cadences = config.cadences()
         for cadence in cadences:
-            cadence.skip_to(self._budget.progress(self._step))
-        marks = {n: mark for n, mark in enumerate(config.export_at, 1) if not self._export_folder(n).exists()}
-        asked = interruptions.pending
-        self._director = Director(self._budget, *cadences, marks, asked, processes.maximum, processes.rank, durations)
-        self._checkpoints = Checkpoints(output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank)
+            cadence.skip_to(self._progress)
+        self._exports = Exports(output_dir, config.export_at)
+        marks = self._exports.to_come(self._progress)
+        agree = (interruptions.pending, processes.maximum, processes.rank)
+        self._director = Director(self._budget, *cadences, marks, *agree, durations)
         self._facts = run_facts(config, autocast_dtype(ds_config) or torch.float32, manifest)
 
-    def prepare(self, checkpoint: Path | None) -> None:
-        """Start the clock, then the model, the engine and the data; ``checkpoint`` is where to go on from."""
+    def prepare(self) -> None:
+        """Start the clock, then the model, the engine and the data."""
         if not self._stopped_early:
             self._budget.start(self._step)
-        spent = self._budget.spent(self._step)
-        self._metrics = MetricsWriter(
-            self._output_dir, self._processes.rank, self._budget.total, self._budget.unit, spent, self._wandb
-        )
+        length = (self._budget.total, self._budget.unit, self._budget.spent(self._step))
+        self._metrics = MetricsWriter(self._output_dir, self._processes.rank, *length, self._wandb)
         self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
-        given = (self._config, self._ds_config, self._manifest, self._setting, self._state, checkpoint)
+        given = (self._config, self._ds_config, self._manifest, self._setting, self._state, self._checkpoint)
         self._assembly = assemble(*given, self._processes, self._budget, self._metrics)
+        self._watch.enter("starting", self._step)
         self._engine, self._plan = self._assembly.engine, self._assembly.plan
         self._batches = TrainingBatches(
             self._manifest,
@@ -134,6 +138,7 @@ class Pretrainer:
         finally:
             self._batches.close()
             self._metrics.close()
+        self._watch.enter("done", self._step)
         self._processes.barrier()
         return stopped_by
 
@@ -142,8 +147,10 @@ class Pretrainer:
             self._watch.enter("training", self._step)
             decision = self._director.decide(self._step)
             if decision.stopped_by:
-                return decision.stopped_by
-            self._train_step(decision)
+                self._log()  # which may still end it early
+                return "early_stop" if self._stopped_early else decision.stopped_by
+            if not self._train_step(decision):
+                continue
             if decision.validate:
                 self._interrupt("validate", self._validate)
             if decision.save:
@@ -152,9 +159,12 @@ class Pretrainer:
                 self._interrupt("export", lambda number=decision.export: self._export(number))
         return "early_stop"
 
-    def _train_step(self, decision: Decision) -> None:
-        started = time.perf_counter()
+    def _train_step(self, decision: Decision) -> bool:
+        """Whether the weights have changed; not so where fp16 gradients overflowed."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
         multiplier = lr_multiplier(decision.schedule_position, self._config.warmup_proportion, self._config.schedule)
+        self._budget.charge("training")
         self._watch.enter("training", self._step, "reading data")
         batch = self._batches.next_batch()
         self._budget.charge("data_wait")
@@ -162,22 +172,31 @@ class Pretrainer:
         try:
             micro_batches = self._told(batch.micro_batches)
             result = self._engine.train_step(micro_batches, batch.workload.predictions, multiplier, seed)
+        except StuckLossScaleError:
+            raise self._divergence("gradients overflow in fp16 even at the smallest loss scale") from None
         except torch.OutOfMemoryError:
             result = None  # no more than this here: the exception holds the memory of the failed pass
         if result is None:
-            raise self._out_of_memory()
+            raise self._assembly.out_of_memory(has_optimizer_state=self._step > 0)
         self._budget.charge("training" if self._budget.is_warmed_up else "compile")
         self._sequences_seen += self._plan.train_batch_size
-        if result.is_timed:
-            self._budget.record_step(time.perf_counter() - started)
+        if result.ended_one:
+            self._record_step()
         if not result.applied:
             self._skipped_steps += 1
-            return
+            return False
         self._step += 1
         self._progress, self._learning_rate = decision.progress, multiplier * self._config.optimizer.learning_rate
         self._averages.add(result.loss_sum, batch.workload)
         if self._step % self._config.log_interval == 0:
             self._log()
+        return True
+
+    def _record_step(self) -> None:
+        """A step has ended; on a GPU the next one may run by now."""
+        now = time.perf_counter()
+        self._budget.record_step(now - self._running_since)
+        self._running_since = now if self._engine.is_busy else None
 
     def _told(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         """Each of them is a sign of life: a step may be long."""
@@ -185,18 +204,13 @@ class Pretrainer:
             self._watch.enter("training", self._step)
             yield micro_batch
 
-    def _out_of_memory(self) -> UserError:
-        size = self._plan.micro_batch_size
-        with torch.compiler.set_stance("force_eager"):  # the model may be compiled by now, for another size
-            fits = self._assembly.trials.largest_that_fits(size, has_optimizer_state=self._step > 0)
-        advice = f"{fits} fits" if fits else "nothing smaller fits: take a smaller model or max_seq_length"
-        return UserError(f"out of memory with micro_batch_size {size}: {advice}")
-
     def _write(self, event: str, **values: Any) -> None:
         self._metrics.write(event, self._step, self._budget.elapsed(), **values)
 
     def _log(self) -> None:
         """Write what the steps since the last line have measured; every rank calls it."""
+        if self._engine.finish():  # its loss is asked for
+            self._record_step()
         figures = self._averages.flush(self._processes, self._batches.wait_seconds)
         if not figures:
             return
@@ -211,7 +225,7 @@ class Pretrainer:
             skipped_steps=self._skipped_steps,
             **figures.as_metrics(),
         )
-        self._stopped_early = self._stopped_early or self._early_stop.check("train_loss", figures.loss, self._progress)
+        self._judge("train_loss", figures.loss)
         self._metrics.show(
             self._budget.spent(self._step),
             loss=f"{figures.loss:.3f}",
@@ -225,18 +239,19 @@ class Pretrainer:
         good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         return Diverged(f"{what}: training diverged; {good}; try a lower learning rate or a longer warmup")
 
-    def _interrupt(self, action: str, function: Callable[[], Any]) -> None:
-        """Do something else between steps, on time that is counted as its own."""
-        self._engine.finish()
+    def _interrupt(self, action: str, function: Callable[[], bool]) -> None:
+        """Do something else between steps, on time that is counted as its own; it tells whether it was done."""
         self._log()  # stops a run that has diverged
         self._budget.charge("training")
         self._watch.enter("validation" if action == "validate" else "saving", self._step)
         started = time.perf_counter()
-        function()
-        self._director.record(action, time.perf_counter() - started)
+        if function():
+            self._director.record(action, time.perf_counter() - started)
         self._averages.start_clock()  # the pause is no part of the steps' speed
 
-    def _validate(self, phase: Phase = "validation") -> None:
+    def _validate(self, phase: Phase = "validation") -> bool:
+        """False where it was given up."""
+
         def go_on() -> bool:
             self._watch.enter(phase, self._step)
             return phase == "closing" or not self._director.interrupted()
@@ -245,17 +260,16 @@ class Pretrainer:
         figures = self._validation.run(go_on)
         self._budget.charge("validation")
         if figures is None:
-            return
+            return False
         if not np.isfinite(figures.loss):
             raise self._divergence(f"the validation loss is {figures.loss} after step {self._step}")
         self._validated = self._step, figures
-        progress = self._budget.progress(self._step)
         self._write(
             "validation",
             loss=figures.loss,
             accuracy=round(figures.accuracy, 6),
             perplexity=round(figures.perplexity, 4),
-            progress=progress,
+            progress=self._progress,
             seconds=round(time.perf_counter() - started, 3),
         )
         self._metrics.say(
@@ -263,39 +277,41 @@ class Pretrainer:
             f"perplexity {figures.perplexity:.2f}, accuracy {figures.accuracy:.2%}"
         )
         if phase != "closing":
-            self._stopped_early = self._early_stop.check("validation_loss", figures.loss, progress)
+            self._judge("validation_loss", figures.loss)
+        return True
 
-    def _save(self) -> None:
+    def _judge(self, metric: str, loss: float) -> None:
+        """Early stop: loss and progress are the same on all ranks, and so is what follows."""
+        self._stopped_early = self._stopped_early or self._early_stop.check(metric, loss, self._progress)
+
+    def _save(self) -> bool:
+        """False where this step is saved already."""
         if not self._engine.has_finite_weights():
             raise self._divergence(f"weights are not finite after step {self._step}")
         started = time.perf_counter()
         if not self._checkpoints.save(self._engine, self._step, self._current_state, self._record()):
-            return
+            return False
         self._budget.charge("checkpoints")
         seconds = time.perf_counter() - started
-        self._write("checkpoint", progress=self._budget.progress(self._step), seconds=round(seconds, 3))
+        self._write("checkpoint", progress=self._progress, seconds=round(seconds, 3))
         if seconds + self._budget.step_seconds > _GRACE_SECONDS:
             self._metrics.say(
                 f"a step and a checkpoint take {seconds + self._budget.step_seconds:.0f} s, and launchers kill "
                 f"{_GRACE_SECONDS:.0f} s after SIGTERM: have SIGUSR1 sent earlier, see docs/running.md"
             )
+        return True
 
-    def _export_folder(self, number: int) -> Path:
-        return self._output_dir / EXPORTS_FOLDER / f"{100 * self._config.export_at[number - 1]:g}-percent"
-
-    def _export(self, number: int) -> None:
+    def _export(self, number: int) -> bool:
         """The model at a mark of ``export_at``, from a checkpoint made for it."""
         self._save()
         started = time.perf_counter()
-        folder = self._export_folder(number)
         if self._processes.rank == 0:
-            export(latest_checkpoint(self._output_dir), folder)
+            self._exports.write(number)
         self._processes.barrier()
         self._budget.charge("exports")
-        seconds = round(time.perf_counter() - started, 3)
-        mark = self._config.export_at[number - 1]
-        self._write("export", mark=mark, folder=str(folder.relative_to(self._output_dir)), seconds=seconds)
-        self._metrics.say(f"step {self._step}: the model after {mark:.0%} of the budget is in {folder}")
+        self._write("export", **self._exports.facts(number), seconds=round(time.perf_counter() - started, 3))
+        self._metrics.say(f"step {self._step}: the model is in {self._exports.folder(number)}")
+        return True
 
     def _current_state(self) -> TrainState:
         self._budget.charge("checkpoints")
@@ -337,62 +353,47 @@ class Pretrainer:
 
     def _leave(self, stopped_by: str) -> None:
         """Save, so that the same command goes on from here."""
-        self._engine.finish()
-        self._log()
         if self._step:
             self._watch.enter("saving", self._step)
             self._budget.charge("training")
             self._save()
         self._budget.stop()
         self._write_summary(stopped_by, None)
+        saved = "all saved" if self._step else "nothing to save yet"
         self._metrics.say(
-            f"stopped by {stopped_by} after step {self._step}, {self._budget.elapsed():.1f} s spent, all saved: "
+            f"stopped by {stopped_by} after step {self._step}, {self._budget.elapsed():.1f} s spent, {saved}: "
             "the same command goes on"
         )
 
     def _close(self, stopped_by: str) -> None:
         """What follows the last step and is not counted: checkpoint, validation, export, summary."""
-        self._engine.finish()
-        self._log()
         self._budget.stop()
         started = time.perf_counter()
         self._watch.enter("closing", self._step)
         self._save()
-        self._validate("closing")
+        if not (self._validated and self._validated[0] == self._step):
+            self._validate("closing")
         _, figures = self._validated
         final = {"validation_loss": figures.loss, "validation_accuracy": round(figures.accuracy, 6)}
-        model_folder = self._output_dir / MODEL_FOLDER
         if self._processes.rank == 0:
             with errors_of_writing(self._output_dir):
                 self._checkpoints.set_validation_loss(figures.loss)
                 self._checkpoints.update_record({**self._record(), **final, "stopped_by": stopped_by})
-            export(latest_checkpoint(self._output_dir), model_folder)
+            export(latest_checkpoint(self._output_dir), self._output_dir / MODEL_FOLDER)
         closing = {"closing_seconds": round(time.perf_counter() - started, 3)}
         self._write_summary(stopped_by, self._stopped_early, **final, **closing)
         self._metrics.say(
             f"{self._step} steps in {self._budget.elapsed():.1f} s, validation loss {figures.loss:.4f}: "
-            f"the model is in {model_folder}"
+            f"the model is in {self._output_dir / MODEL_FOLDER}"
         )
+        for mark in self._exports.missing().values():
+            self._metrics.say(f"export_at {mark:g} has no folder: the run ended before there was time for it")
 
     def _write_summary(self, stopped_by: str, because: str | None, **values: Any) -> None:
         self._write("stop", stopped_by=stopped_by)
         if because:
             self._metrics.say(f"{stopped_by}: {because}")
-        if self._processes.rank:
-            return
-        spent = {activity: round(seconds, 3) for activity, seconds in self._budget.spent_seconds().items()}
-        with errors_of_writing(self._output_dir):
-            write_summary(
-                self._output_dir,
-                {
-                    **self._figures(),
-                    "stopped_by": stopped_by,
-                    "stopped_because": because,
-                    "spent_seconds": spent,
-                    "validation_loss": None,
-                    "validation_accuracy": None,
-                    "closing_seconds": 0.0,
-                    **values,
-                },
-            )
-        self._watch.enter("done", self._step)
+        if self._processes.rank == 0:
+            ended = {**self._figures(), "stopped_by": stopped_by, "stopped_because": because, **values}
+            with errors_of_writing(self._output_dir):
+                write_summary(self._output_dir, ended, self._budget.spent_seconds())

@@ -55,5 +55,5 @@ def launcher_chain() -> list[tuple[int, int | None]]:
 
 
 def is_broken(chain: list[tuple[int, int | None]]) -> bool:
-    """Whether a link of :func:`launcher_chain` has gone since."""
-    return any(parent(pid) != before for pid, before in chain)
+    """Whether a link of :func:`launcher_chain` has gone since; where the system tells nothing, none has."""
+    return any(parent(pid) not in (before, None) for pid, before in chain)

@@ -18,8 +18,8 @@ from common.folders import write_text
 from pretrain.process_tree import start_time
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-_JOIN_TIMEOUT = timedelta(minutes=10)
 _LOOK_SECONDS = 0.02
+_LONGEST_WORD = 4096  # bytes; the longest path that systems know
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Processes:
     def maximum(self, *values: float) -> list[float]:
         """Each value's maximum over all ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
+
+    def share(self, word: str) -> str:
+        """Rank 0's word, on all ranks."""
+        letters = torch.zeros(_LONGEST_WORD, dtype=torch.uint8)
+        encoded = word.encode()
+        letters[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        dist.broadcast(letters, src=0, group=self.cpu_group)
+        return bytes(letters.tolist()).rstrip(b"\0").decode()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -94,6 +102,10 @@ def start_processes(timeout: timedelta = DEFAULT_TIMEOUT) -> Processes:
 def _own_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank + 1} of this node has no GPU, there are {torch.cuda.device_count()}: start fewer"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
@@ -107,7 +119,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     # DeepSpeed's launcher gives every run on one node the same port: the second run would fail.
     if os.environ.get("CROSS_SIZE") == "1":
         return _meet_at_a_free_port(rank, world_size)
-    store, *_ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=_JOIN_TIMEOUT)))
+    store, *_ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=DEFAULT_TIMEOUT)))
     return store
 
 
@@ -116,11 +128,13 @@ def _meet_at_a_free_port(rank: int, world_size: int) -> dist.Store:
     launcher = os.getppid()
     note = Path(tempfile.gettempdir()) / f"budget-bert-{os.getuid()}-{launcher}-{start_time(launcher)}"
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False, timeout=_JOIN_TIMEOUT)
+        store = dist.TCPStore(
+            "127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False, timeout=DEFAULT_TIMEOUT
+        )
         write_text(note, str(store.port))
     else:
         port = _read_port(note)
-        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=_JOIN_TIMEOUT)
+        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=DEFAULT_TIMEOUT)
     store.add("met", 1)
     if rank == 0:
         _wait_until(lambda: store.add("met", 0) == world_size, "not all have come")
@@ -134,7 +148,7 @@ def _read_port(note: Path) -> int:
 
 
 def _wait_until(condition: Callable[[], bool], complaint: str) -> None:
-    deadline = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + DEFAULT_TIMEOUT.total_seconds()
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(complaint)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.folders import CONFIG_FILE, read_json, write_json
+from common.folders import read_json, write_json
 from pretrain.checkpoint import latest_checkpoint, read_state
 from pretrain.run_record import COMPLETE, STATUS_FILE, SUMMARY_FILE
 
+DS_CONFIG_FILE = "ds_config.json"
 MODEL_FOLDER = "hf"
 DIVERGED = "diverged"
 GOES_ON = 75
@@ -19,9 +20,11 @@ _ENDS = {
 _NOT_OURS = "this is not a summary of ours"
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Tell how the run has ended; it comes last."""
-    write_json(folder / SUMMARY_FILE, summary)
+def write_summary(folder: Path, summary: dict[str, Any], spent_seconds: dict[str, float]) -> None:
+    """Tell how the run has ended; it comes last. What an end that goes on has not got is null."""
+    unknown = {"validation_loss": None, "validation_accuracy": None, "closing_seconds": None}
+    spent = {activity: round(seconds, 3) for activity, seconds in spent_seconds.items()}
+    write_json(folder / SUMMARY_FILE, {**unknown, **summary, "spent_seconds": spent})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -58,8 +61,8 @@ def describe(folder: Path) -> tuple[str, int]:
     Raises:
         UserError: there is no run.
     """
-    if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{folder} is no run's folder (it has no {CONFIG_FILE})")
+    if not (folder / DS_CONFIG_FILE).exists():
+        raise UserError(f"{folder} is no run's folder (it has no {DS_CONFIG_FILE})")
     if summary := read_summary(folder):
         stopped_by = summary["stopped_by"]
         return (

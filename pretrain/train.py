@@ -1,7 +1,7 @@
 """A pretraining run: everything checked first, then one :class:`Pretrainer` in each process."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +24,9 @@ from pretrain.kernels import check_kernels
 from pretrain.optimizer import check_optimizer
 from pretrain.pretrainer import Pretrainer
 from pretrain.processes import Processes, start_processes, stop_processes
-from pretrain.summary import MODEL_FOLDER, SUMMARY_FILE, is_complete, read_summary
+from pretrain.summary import DS_CONFIG_FILE, GOES_ON, MODEL_FOLDER, SUMMARY_FILE, is_complete, read_summary
 from pretrain.watch import Watch
 
-DS_CONFIG_FILE = "ds_config.json"
 _MAY_CHANGE_ON_RESUME = (
     "resume",
     "kernels",
@@ -40,6 +39,12 @@ _MAY_CHANGE_ON_RESUME = (
 )
 _WAIT_FOR_THE_FOLDER_SECONDS = 120.0  # a run that has been told to leave makes its step, saves and ends
 _THE_WATCH_SPEAKS_FIRST_SECONDS = 60.0  # before torch's own timeouts, which name nobody
+
+
+class StoppedError(UserError):
+    """The run was asked to leave before it began."""
+
+    exit_code = GOES_ON
 
 
 def pretrain(config: PretrainConfig, data_dir: Path, output_dir: Path, wandb: bool = False) -> str:
@@ -87,7 +92,7 @@ def _run(
         _starting_point(_find_checkpoint(config, output_dir), config, ds_config, manifest, processes)
     if stopped_by := _completed(output_dir, processes):
         return stopped_by
-    with _only_run(output_dir, processes.rank):
+    with _only_run(output_dir, processes.rank, lambda: _keep_waiting(output_dir, watch, interruptions)):
         if stopped_by := _completed(output_dir, processes):  # by the one that this one has waited for
             return stopped_by
         checkpoint = _agree_on_checkpoint(config, output_dir, processes)
@@ -96,32 +101,37 @@ def _run(
             _claim(output_dir, config, ds_config)
         watch.enter("starting", state.step if state else 0)
         run = Pretrainer(
-            config, ds_config, manifest, output_dir, setting, state, processes, watch, interruptions, wandb
+            config, ds_config, manifest, output_dir, setting, state, checkpoint, processes, watch, interruptions, wandb
         )
-        run.prepare(checkpoint)
+        run.prepare()
         return run.train()
 
 
 def _completed(output_dir: Path, processes: Processes) -> str | None:
-    """How the run in ``output_dir`` has ended if nothing is left to do; the same on all ranks."""
-    (complete,) = processes.maximum(float(processes.rank == 0 and is_complete(output_dir)))
-    if not complete:
-        return None
-    if processes.rank == 0:
+    """How the run in ``output_dir`` has ended if nothing is left to do; rank 0 looks, all get its answer."""
+    is_over = processes.rank == 0 and is_complete(output_dir)
+    stopped_by = processes.share(read_summary(output_dir)["stopped_by"] if is_over else "")
+    if is_over:
         print(f"{output_dir} is complete: the model is in {output_dir / MODEL_FOLDER}")
-    return read_summary(output_dir)["stopped_by"]
+    return stopped_by or None
 
 
 @contextlib.contextmanager
-def _only_run(output_dir: Path, rank: int) -> Iterator[None]:
+def _only_run(output_dir: Path, rank: int, keep_waiting: Callable[[], None]) -> Iterator[None]:
     """Rank 0 writes, and alone: a run that has been told to leave is waited for."""
     if rank:
         yield
         return
     with errors_of_writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(output_dir, _WAIT_FOR_THE_FOLDER_SECONDS):
+    with only_writer(output_dir, _WAIT_FOR_THE_FOLDER_SECONDS, keep_waiting):
         yield
+
+
+def _keep_waiting(output_dir: Path, watch: Watch, interruptions: Interruptions) -> None:
+    watch.enter("starting", 0, "waiting for the folder")
+    if reason := interruptions.pending():
+        raise StoppedError(f"stopped by {reason} while waiting for {output_dir}: the same command begins anew")
 
 
 def _claim(output_dir: Path, config: PretrainConfig, ds_config: dict[str, Any]) -> None:
@@ -133,9 +143,7 @@ def _claim(output_dir: Path, config: PretrainConfig, ds_config: dict[str, Any]) 
 
 def _agree_on_checkpoint(config: PretrainConfig, output_dir: Path, processes: Processes) -> Path | None:
     """Rank 0's answer, taken while nobody else writes; other machines may see a shared folder late."""
-    if processes.rank == 0:
-        processes.store.set("checkpoint", str(_find_checkpoint(config, output_dir) or ""))
-    name = processes.store.get("checkpoint").decode()
+    name = processes.share(str(_find_checkpoint(config, output_dir) or "") if processes.rank == 0 else "")
     return Path(name) if name else None
 
 

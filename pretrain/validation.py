@@ -28,8 +28,8 @@ class ValidationFigures:
 
     @property
     def perplexity(self) -> float:
-        """Of the masked tokens; infinite beyond what a float can hold."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """Of the masked tokens; no more than a float can hold."""
+        return math.exp(min(self.loss, 700.0))
 
 
 class Validation:

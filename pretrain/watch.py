@@ -56,8 +56,6 @@ class Beat:
     step: int
     detail: str
     """What it does there apart from the others, if anything."""
-    seconds: float
-    """In this phase and step."""
 
     @property
     def is_gone(self) -> bool:
@@ -97,7 +95,8 @@ class Watch:
         """Keep watch meanwhile, and turn the consequences of another's end into :class:`LostProcess`."""
         self._say()  # so that the others know of it, however soon it ends
         thread = threading.Thread(target=self._keep, name="watch", daemon=True)
-        thread.start()
+        if self._world_size > 1:  # nobody waits for the only one
+            thread.start()
         try:
             yield
         except LostProcess:
@@ -109,7 +108,8 @@ class Watch:
             raise
         finally:
             self._over.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def enter(self, phase: Phase, step: int, detail: str = "") -> None:
         """This process now does this; called at every step and at every part of what takes long.
@@ -135,6 +135,8 @@ class Watch:
                 if line := self._what_is_wrong():
                     self._end(line)
             except (RuntimeError, OSError):  # the store is gone, and with it rank 0
+                if self._doing[0] == "done":
+                    return
                 if self._stands_still_for() > _LOOK_ROUND_AFTER:
                     self._end("rank 0 does not answer: it has ended, or the network is down")
 
@@ -145,7 +147,7 @@ class Watch:
         self._beats += 1
         phase, step, detail, _ = self._doing
         own = (self._rank, socket.gethostname(), pid_namespace(), os.getpid(), self._started)
-        return Beat(*own, self._beats, phase, step, detail, self._stands_still_for())
+        return Beat(*own, self._beats, phase, step, detail)
 
     def _say(self) -> None:
         self._store.set(f"beat {self._rank}", json.dumps(asdict(self._own_beat())))
@@ -169,6 +171,8 @@ class Watch:
     def _what_is_wrong(self) -> str | None:
         if self._stands_still_for() < _LOOK_ROUND_AFTER:
             return None
+        for rank, (_, reason) in self._failures().items():
+            return f"rank {rank}: {reason}"
         others = self._others()
         silent = [beat for beat in others if self._is_silent(beat)]
         for beat in others:

@@ -117,3 +117,19 @@ def test_what_asks_a_rank_to_leave_is_the_reason(reason: str) -> None:
 def test_a_budget_that_is_spent_is_the_reason_whatever_else_has_come() -> None:
     budget = Budget(seconds=None, max_steps=10)
     assert alone(budget, pending=lambda: "SIGTERM").decide(10).stopped_by == "max_steps"
+
+
+@pytest.mark.parametrize(("mark", "known"), [(0.95, {"validate": 2.85}), (0.9, {"validate": 4.5}), (0.95, {})])
+def test_behind_whatever_comes_late_a_step_still_brings_the_learning_rate_to_zero(mark, known) -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=60.0, max_steps=None, clock=clock)
+    budget.start(0)
+    director = alone(budget, validation=Cadence(mark), saving=Cadence(1.0), durations=known)
+    last, step = None, 0
+    while not (decision := director.decide(step)).stopped_by:
+        clock.now += 0.5
+        budget.record_step(0.5)
+        clock.now += 2.0 if decision.validate else 0.0
+        last, step = decision, step + 1
+    assert budget.elapsed() <= 60.0
+    assert 1.0 - last.schedule_position <= 0.5 / 60.0 + 1e-9

@@ -17,11 +17,13 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.batches import TrainingBatches, shape_of_micro_batches
 from pretrain.config import PretrainConfig
 from pretrain.ds_config import load_ds_config
+from pretrain.early_stop import StopRule
 from pretrain.engine import PretrainEngine
 from pretrain.micro_batch import MicroBatchTrials
 from pretrain.model import MaskedLanguageModel
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.processes import Processes, start_processes, stop_processes
+from pretrain.run_record import read_metrics
 from pretrain.train import pretrain
 
 TINY = ModelConfig(preset="bert-tiny", hidden_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -110,8 +112,32 @@ def test_gradients_that_overflow_at_every_loss_scale_stop_the_run(data_dir, tmp_
     hopeless = config(
         model=ModelConfig(preset="bert-tiny", hidden_size=32, initializer_range=1e4), ds_config="ds_configs/fp16.json"
     )
-    with pytest.raises(UserError, match="overflow in fp16 even at the smallest loss scale"):
+    with pytest.raises(UserError, match="overflow in fp16 even at the smallest loss scale: training diverged"):
         pretrain(hopeless, data_dir, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_by"] == "diverged"
+
+
+def test_another_runs_checkpoint_goes_on_in_a_folder_of_its_own_and_without_its_end(data_dir, tmp_path) -> None:
+    rule = [StopRule("20%", "train_loss", 0.1)]
+    stopped = config(max_steps=10, early_stop=rule, log_interval=1, validation_interval="10%")
+    assert pretrain(stopped, data_dir, tmp_path / "stopped") == "early_stop"
+    settings = {"resume": str(tmp_path / "stopped"), "export_at": [0.05, 0.5]}
+    assert pretrain(config(max_steps=10, **settings), data_dir, tmp_path / "further") == "max_steps"
+    starts = [event["step"] for event in read_metrics(tmp_path / "further") if event["event"] == "start"]
+    assert starts == [2]
+    assert [path.name for path in (tmp_path / "further" / "exports").iterdir()] == ["50-percent"]
+    (tmp_path / "further" / "summary.json").unlink()
+    with pytest.raises(UserError, match="resume is 'never'"):
+        pretrain(config(max_steps=10, **{**settings, "resume": "never"}), data_dir, tmp_path / "further")
+
+
+def test_a_disk_that_is_full_for_the_record_is_told_in_one_line(data_dir, tmp_path, monkeypatch) -> None:
+    def no_space(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", no_space)
+    with pytest.raises(UserError, match=r"can't write to .*run \(No space left on device\)"):
+        pretrain(config(log_interval=1), data_dir, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ def test_a_step_waits_for_the_one_before_it_and_only_then_tells_the_time(device)
     engine = PretrainEngine.__new__(PretrainEngine)
     engine._step_before = None
     assert [engine._wait_for_the_step_before() for _ in range(3)] == [False, True, True]
-    engine.finish()
-    engine.finish()
+    assert engine.is_busy
+    assert [engine.finish(), engine.finish()] == [True, False]
+    assert not engine.is_busy
     assert engine._wait_for_the_step_before() is False, "an empty queue is filled, which takes no time"
     assert device == [
         "mark the end of step a",

@@ -22,7 +22,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data_sample import DataSample, emptiness, sample_data
 from pretrain.director import Director
 from pretrain.forecast import Course, Durations, Estimate, Forecast, marks_of, predict, run_out
-from pretrain.hardware import GPUS, computed_estimate, first_that_fits, num_parameters
+from pretrain.hardware import GPUS, computed_estimate, first_that_fits
 from pretrain.plan import TOKENS_A_PARAMETER, Row, recommend
 from pretrain.run_record import read_metrics
 from pretrain.trial_run import Trial, last_word, trial_config
@@ -137,7 +137,7 @@ def test_described_gpus_are_as_fast_as_published(gpu: str, utilisation: float, s
 
 def test_24hberts_micro_batch_of_32_fits_its_gpu_by_the_arithmetic() -> None:
     architecture = resolve(ModelConfig(preset="bert-large"), vocab_size=30522, max_seq_length=128, pad_token_id=0)
-    assert num_parameters(architecture) == pytest.approx(335e6, rel=0.01)
+    assert architecture.num_parameters == pytest.approx(335e6, rel=0.01)
     wikipedia = sample_of(97, 15)  # the mean over its rows
     assert first_that_fits(GPUS["titan-v"], architecture, wikipedia, [256, 128, 64, 32, 16], 8) == 32
     with pytest.raises(UserError, match="out of memory by the arithmetic"):

@@ -177,6 +177,21 @@ def test_a_finished_run_is_left_alone(budgeted, config, data_dir) -> None:
     assert {path: path.stat().st_mtime_ns for path in budgeted.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_does_not_do_well_ends_early_with_all_that_it_has_come_to(config, data_dir, tmp_path) -> None:
+    run = tmp_path / "hopeless"
+    rule = "[{after: 50%, metric: train_loss, bound: 0.1}]"
+    options = ["--early_stop", rule, "--export_at", "[0.25, 0.9]", "--max_steps", "8", "--checkpoint_interval", "100%"]
+    finish(command(deepspeed(29_873), config, data_dir, run, *options))
+    ended = summary(run)
+    assert (ended["stopped_by"], ended["steps"]) == ("early_stop", 4)
+    assert "train_loss has come down to" in ended["stopped_because"]
+    assert sum(ended["spent_seconds"].values()) == pytest.approx(ended["elapsed_seconds"], abs=0.05)
+    assert [path.name for path in (run / "exports").iterdir()] == ["25-percent"]
+    early = AutoModelForMaskedLM.from_pretrained(run / "exports" / "25-percent")
+    assert not torch.equal(early.bert.encoder.ln.weight, weights(run)["bert.encoder.ln.weight"])
+    assert json.loads((run / "exports" / "25-percent" / "pretraining.json").read_text())["steps"] == 2
+
+
 def test_a_sharded_checkpoint_resumes_on_as_many_processes_only(config, data_dir, tmp_path, free_port) -> None:
     run = tmp_path / "zero1"
     overrides = ["--ds_config", "ds_configs/bf16_zero1.json", "--max_steps", "4"]
