@@ -88,10 +88,6 @@ def kill(*arguments: str, seconds: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_runs_that_are_killed_lose_nothing() -> None:
-    assert kill("--kills", "3", "--seconds", "12", seconds=280)["kills"] == 3
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_twenty_kills_in_all_phases_lose_nothing() -> None:

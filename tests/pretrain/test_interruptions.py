@@ -110,7 +110,9 @@ def status(run: Run) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGINT"))]
+)
 def test_a_signal_ends_a_run_with_the_code_to_start_it_again_and_costs_nothing(name, run, uninterrupted) -> None:
     process = run.start()
     run.wait_for_step(5)
@@ -150,7 +152,7 @@ def test_a_run_whose_slurm_allocation_is_about_to_end_leaves_and_says_so(run) ->
     assert "nothing to save yet" in run.log()
 
 
-@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch"])
+@pytest.mark.parametrize("victim", ["deepspeed", pytest.param("deepspeed.launcher.launch", marks=pytest.mark.slow)])
 def test_ranks_whose_launcher_has_died_save_and_leave_and_the_next_start_goes_on(victim, run) -> None:
     launcher = (str(BIN / "deepspeed"), "--num_gpus", "2")
     process = run.start(*launcher)

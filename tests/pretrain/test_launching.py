@@ -151,6 +151,7 @@ def test_two_nodes_of_the_slurm_file_meet_without_ssh_and_train_the_model_of_one
     assert_same_model(run, alone, world_size=2)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_end_of_the_allocation_saves_and_requeues_the_job(
     slurm, config, data_dir, tmp_path
 ) -> None:

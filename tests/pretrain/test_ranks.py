@@ -18,7 +18,7 @@ from pretrain.model import MaskedLanguageModel
 from tests.pretrain.ranks_process import CONFIG, OPTIMIZERS
 
 SCRIPT = Path(__file__).parent / "ranks_process.py"
-CHANGES = ((1, 2), (2, 3), (3, 1))
+CHANGES = ((1, 2), (2, 3), (2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def results(data_dir, tmp_path_factory) -> Path:
     """One, two and three processes, each going on from the checkpoints of the ones before it."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for world_size, sources in ((1, ()), (2, ("1",)), (3, ("2",)), (1, ("3",))):
+    for world_size, sources in ((1, ()), (2, ("1",)), (3, ("2",)), (1, ("2",))):
         torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(world_size), "--standalone"]
         command = [*torchrun, str(SCRIPT), str(data_dir), str(folder), *sources]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
