@@ -96,7 +96,8 @@ class Pretrainer:
             self._budget.start(self._step)
         length = (self._budget.total, self._budget.unit, self._budget.spent(self._step))
         self._metrics = MetricsWriter(self._output_dir, self._processes.rank, *length, self._wandb)
-        self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0)
+        facts = {"hardware": self._processes.hardware, "manifest_sha256": self._manifest.sha256}
+        self._metrics.write("start", self._step, self._state.elapsed_seconds if self._state else 0.0, **facts)
         given = (self._config, self._ds_config, self._manifest, self._setting, self._state, self._checkpoint)
         self._assembly = assemble(*given, self._processes, self._budget, self._metrics)
         self._watch.enter("starting", self._step)

@@ -6,6 +6,7 @@ are added up in the chunks' order.
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from data_prep.shards import Manifest, SplitReader
@@ -60,17 +61,17 @@ class Validation:
         chunk = _MICRO_BATCHES_A_CHUNK * self._shape.sequences
         starts = range(0, self.rows, chunk)
         sums = [[0.0] * len(starts) for _ in range(3)]  # loss, right predictions, predictions
-        reader = SplitReader(self._manifest, "validation")
-        for first in range(0, len(starts), processes.world_size):
-            if not go_on():
-                return None
-            own = first + processes.rank
-            if own < len(starts):
+        with closing(SplitReader(self._manifest, "validation")) as reader:
+            for first in range(0, len(starts), processes.world_size):
+                if not go_on():
+                    return None
+                own = first + processes.rank
+                if own >= len(starts):
+                    continue
                 rows = reader.read_range(starts[own], min(starts[own] + chunk, self.rows))
-                loss_and_correct = self._engine.evaluate(pack(rows, self._shape))
-                for total, value in zip(sums, (*loss_and_correct, float(rows.sizes.predictions.sum())), strict=True):
+                loss_sum, correct = self._engine.evaluate(pack(rows, self._shape))
+                for total, value in zip(sums, (loss_sum, correct, float(rows.sizes.predictions.sum())), strict=True):
                     total[own] = value
-        reader.close()
         # Each chunk's sums come from one rank: adding the others' zeros changes no digit.
         loss_sum, correct, predictions = (sum(processes.sum(*by_chunk)) for by_chunk in sums)
         return ValidationFigures(loss_sum / max(1.0, predictions), correct / max(1.0, predictions))
