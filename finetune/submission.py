@@ -13,7 +13,6 @@ from common.folders import atomic_path
 from finetune.tasks import AX, TASKS, Task, TestSplit
 
 HEADER: Final = "index\tprediction"
-HIGHEST_SCORE: Final = 5.0
 SUBMITTED: Final = tuple(task for task in (*TASKS.values(), AX) if task.test_splits)
 
 _SCORE: Final = re.compile(r"[0-4]\.[0-9]{3}|5\.000")
@@ -92,7 +91,7 @@ def _problems_of_names(names: Sequence[str], files: Mapping[str, tuple[Task, Tes
         yield f"{', '.join(missing)} missing"
     for name in dict.fromkeys(names):
         if name not in files:
-            yield f"{_short(name)} does not belong into it (the files lie in no folder, and there is nothing else)"
+            yield f"{_short(name)} does not belong in it (its files lie in no folder, and there are no others)"
         elif names.count(name) > 1:
             yield f"{name} is in it {names.count(name)} times"
 
