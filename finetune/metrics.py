@@ -39,7 +39,9 @@ def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float
     return float(function(predictions, labels).statistic)
 
 
-METRICS: Final = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+CLASS_METRICS: Final = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+SCORE_METRICS: Final = {"pearson": pearson, "spearman": spearman}
+METRICS: Final = {**CLASS_METRICS, **SCORE_METRICS}
 METRIC_TITLES: Final = {
     "accuracy": "accuracy",
     "f1": "F1",

@@ -1,14 +1,45 @@
-"""The tasks, one row of data each: nine of GLUE, and three of the project's own synthetic demo benchmark.
+"""The tasks, one row of data each: nine of GLUE, its diagnostic set AX, and three of the project's own demo benchmark.
 
 File layouts and row counts are those of https://gluebenchmark.com; the metric that selects a configuration is the one
-that "How to Train BERT with an Academic Budget" reports.
+that "How to Train BERT with an Academic Budget" reports. A user's own task is a row of the same kind.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Final
 
+import numpy as np
+
+from finetune.metrics import CLASS_METRICS, SCORE_METRICS, compute
+
 HUB_DATASET: Final = "nyu-mll/glue"
+OWN_FORMATS: Final = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class TestSplit:
+    """A split without labels, whose predictions the GLUE server scores."""
+
+    __test__ = False  # not a test of pytest's
+
+    name: str
+    """Its file is ``<name>.tsv``."""
+    submission_file: str
+    """What the server calls the file of its predictions."""
+    rows: int
+    """The official number."""
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Where the rows of a user's own task are: two files, or two splits of a data set."""
+
+    train: str
+    dev: str
+    dataset: str | None
+    dataset_config: str | None
 
 
 @dataclass(frozen=True)
@@ -29,17 +60,28 @@ class Task:
     metrics: tuple[str, ...]
     """The first one selects a configuration."""
     official_rows: Mapping[str, int]
-    """Rows of the training split and of each evaluation split; empty for a synthetic task."""
+    """Rows of the training split and of each evaluation split; empty for a task that is not GLUE's."""
     evaluation_splits: tuple[str, ...] = ("dev",)
     """The score is of the first one. A split's file is ``<split>.tsv``."""
+    test_splits: tuple[TestSplit, ...] = ()
     columns_without_header: tuple[str, ...] | None = None
-    """The columns of files that have no header line."""
+    """The columns of training and evaluation files that have no header line."""
     skip_broken_rows: bool = False
     """Questions with line breaks in them break rows of the official file; the official counts leave them out."""
+    may_lack_text: bool = False
+    """Whether a text may be empty, as it is in official rows."""
+    score_range: tuple[float, float] | None = None
+    """The smallest and the largest score there is, where scores are bounded."""
+    other_files: tuple[str, ...] = ()
+    """Where else in the GLUE folder its only file may lie: nobody agreed on the diagnostic set's place."""
     hub_config: str | None = None
-    """Configuration of the hub's GLUE data set; None for a synthetic task."""
+    """Configuration of the hub's GLUE data set; None for a task that is not GLUE's."""
     hub_sentence_columns: tuple[str, ...] | None = None
     """Where they differ from ``sentence_columns``."""
+    predicted_by: str | None = None
+    """The task whose model predicts this one, which has no training rows of its own."""
+    own: OwnData | None = None
+    """Where a user's own task has its rows."""
 
     @property
     def selected_by(self) -> str:
@@ -52,18 +94,28 @@ class Task:
         return ("train", *self.evaluation_splits)
 
     @property
+    def is_glue(self) -> bool:
+        """Whether this is a task of GLUE."""
+        return self.hub_config is not None
+
+    @property
     def synthetic(self) -> bool:
         """Whether this is a task of the synthetic demo benchmark, which is not GLUE."""
-        return self.hub_config is None
+        return not self.is_glue and self.own is None
 
     @property
     def num_labels(self) -> int:
         """Outputs of the classifier: one per class, one for a score."""
         return len(self.labels) if self.labels else 1
 
+    def is_test(self, split: str) -> bool:
+        """Whether the split has no labels."""
+        return any(split == test.name for test in self.test_splits)
+
 
 _BINARY: Final = ("0", "1")
 _ENTAILMENT: Final = ("entailment", "not_entailment")
+_INFERENCE: Final = ("entailment", "neutral", "contradiction")
 _ALL_TASKS: Final = (
     Task(
         task_name="cola",
@@ -74,6 +126,7 @@ _ALL_TASKS: Final = (
         labels=_BINARY,
         metrics=("matthews", "accuracy"),
         official_rows={"train": 8551, "dev": 1043},
+        test_splits=(TestSplit("test", "CoLA.tsv", 1063),),
         columns_without_header=("source", "label", "mark", "sentence"),
         hub_config="cola",
     ),
@@ -86,6 +139,7 @@ _ALL_TASKS: Final = (
         labels=_BINARY,
         metrics=("accuracy",),
         official_rows={"train": 67349, "dev": 872},
+        test_splits=(TestSplit("test", "SST-2.tsv", 1821),),
         hub_config="sst2",
     ),
     Task(
@@ -97,6 +151,7 @@ _ALL_TASKS: Final = (
         labels=_BINARY,
         metrics=("f1", "accuracy"),
         official_rows={"train": 3668, "dev": 408},
+        test_splits=(TestSplit("test", "MRPC.tsv", 1725),),
         hub_config="mrpc",
         hub_sentence_columns=("sentence1", "sentence2"),
     ),
@@ -109,6 +164,8 @@ _ALL_TASKS: Final = (
         labels=None,
         metrics=("spearman", "pearson"),
         official_rows={"train": 5749, "dev": 1500},
+        test_splits=(TestSplit("test", "STS-B.tsv", 1379),),
+        score_range=(0.0, 5.0),
         hub_config="stsb",
     ),
     Task(
@@ -120,7 +177,9 @@ _ALL_TASKS: Final = (
         labels=_BINARY,
         metrics=("f1", "accuracy"),
         official_rows={"train": 363846, "dev": 40430},
+        test_splits=(TestSplit("test", "QQP.tsv", 390965),),
         skip_broken_rows=True,
+        may_lack_text=True,  # two training rows have no second question
         hub_config="qqp",
     ),
     Task(
@@ -129,10 +188,15 @@ _ALL_TASKS: Final = (
         folder="MNLI",
         sentence_columns=("sentence1", "sentence2"),
         label_column="gold_label",
-        labels=("entailment", "neutral", "contradiction"),
+        labels=_INFERENCE,
         metrics=("accuracy",),
         official_rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832},
         evaluation_splits=("dev_matched", "dev_mismatched"),
+        may_lack_text=True,  # written by many people: nothing promises a hypothesis in every row
+        test_splits=(
+            TestSplit("test_matched", "MNLI-m.tsv", 9796),
+            TestSplit("test_mismatched", "MNLI-mm.tsv", 9847),
+        ),
         hub_config="mnli",
         hub_sentence_columns=("premise", "hypothesis"),
     ),
@@ -145,6 +209,7 @@ _ALL_TASKS: Final = (
         labels=_ENTAILMENT,
         metrics=("accuracy",),
         official_rows={"train": 104743, "dev": 5463},
+        test_splits=(TestSplit("test", "QNLI.tsv", 5463),),
         hub_config="qnli",
     ),
     Task(
@@ -156,6 +221,7 @@ _ALL_TASKS: Final = (
         labels=_ENTAILMENT,
         metrics=("accuracy",),
         official_rows={"train": 2490, "dev": 277},
+        test_splits=(TestSplit("test", "RTE.tsv", 3000),),
         hub_config="rte",
     ),
     Task(
@@ -167,6 +233,7 @@ _ALL_TASKS: Final = (
         labels=_BINARY,
         metrics=("accuracy",),
         official_rows={"train": 635, "dev": 71},
+        test_splits=(TestSplit("test", "WNLI.tsv", 146),),
         hub_config="wnli",
     ),
     Task(
@@ -201,13 +268,125 @@ _ALL_TASKS: Final = (
     ),
 )
 TASKS: Final[Mapping[str, Task]] = {task.task_name: task for task in _ALL_TASKS}
+"""The tasks that a grid can train."""
+
+AX: Final = Task(
+    task_name="ax",
+    title="AX",
+    folder="AX",
+    sentence_columns=("sentence1", "sentence2"),
+    label_column="label",
+    labels=_INFERENCE,
+    metrics=("matthews",),
+    official_rows={},
+    evaluation_splits=(),
+    test_splits=(TestSplit("diagnostic", "AX.tsv", 1104),),
+    other_files=("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX.tsv"),
+    hub_config="ax",
+    hub_sentence_columns=("premise", "hypothesis"),
+    predicted_by="mnli",
+)
 
 
-def benchmark_title(task_names: Iterable[str]) -> str:
-    """What a table over these tasks must be called; a synthetic task is never called GLUE."""
-    synthetic = {TASKS[name].synthetic for name in task_names}
-    if synthetic == {True}:
-        return "Synthetic demo benchmark (not GLUE)"
-    if synthetic == {False}:
-        return "GLUE, development set"
-    return "GLUE, development set, and the synthetic demo benchmark (not GLUE)"
+def benchmark_title(tasks: Iterable[Task]) -> str:
+    """What a table over these tasks must be called; only GLUE's own tasks are called GLUE."""
+    tasks = list(tasks)
+    parts = {
+        "GLUE, development set": any(task.is_glue for task in tasks),
+        "synthetic demo benchmark (not GLUE)": any(task.synthetic for task in tasks),
+        "own tasks (not GLUE)": any(task.own for task in tasks),
+    }
+    title = ", and ".join(part for part, is_there in parts.items() if is_there)
+    return title[:1].upper() + title[1:]
+
+
+def majority_score(labels: np.ndarray, task: Task) -> float | None:
+    """What always predicting the most frequent class scores by the task's metric; None for a regression task.
+
+    Args:
+        labels: class indices of the split that is scored, shape [rows].
+    """
+    if task.labels is None:
+        return None
+    most_frequent = np.bincount(labels).argmax()
+    return compute((task.selected_by,), np.full_like(labels, most_frequent), labels)[task.selected_by]
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A task of the user's own: rows of one or two texts, each with a label or a score."""
+
+    task_name: str
+    """its name in the grid's list of tasks: small letters, digits and _"""
+    sentence_columns: list[str]
+    """the one or two columns of text"""
+    label_column: str
+    """the column of labels or scores"""
+    metrics: list[str]
+    """of classes: accuracy f1 matthews; of scores: pearson spearman; the first one selects a configuration"""
+    train: str
+    """training rows: a .csv, .tsv (no quoting) or .jsonl file; with a dataset, a split of it"""
+    dev: str
+    """evaluation rows: a file as for train; with a dataset, a split of it"""
+    labels: list[str | int | bool] | None = None
+    """the labels, in the order of the classifier's outputs; default: the label is a score (regression)"""
+    dataset: str | None = None
+    """a data set on the Hugging Face hub, or a folder of data files"""
+    dataset_config: str | None = None
+    """the data set's configuration"""
+
+    def __post_init__(self) -> None:
+        for problem in (self._problem_of_columns(), self._problem_of_labels(), self._problem_of_place()):
+            if problem:
+                raise ValueError(f"own task '{self.task_name}': {problem}")
+
+    def _problem_of_columns(self) -> str | None:
+        if not re.fullmatch(r"[a-z0-9_]+", self.task_name):
+            return "a task_name has small letters, digits and _ only"
+        if self.task_name in TASKS or self.task_name == AX.task_name:
+            return "there is a task of this name already"
+        if len(self.sentence_columns) not in (1, 2):
+            return f"sentence_columns names one or two columns, not {len(self.sentence_columns)}"
+        if len({*self.sentence_columns, self.label_column}) <= len(self.sentence_columns):
+            return "sentence_columns and label_column name the same column twice"
+        return None
+
+    def _problem_of_labels(self) -> str | None:
+        known = SCORE_METRICS if self.labels is None else CLASS_METRICS
+        if not self.metrics or any(name not in known for name in self.metrics):
+            of_what = "scores (no labels are given)" if self.labels is None else "classes"
+            return f"metrics must be of {' '.join(known)}, which are for {of_what}"
+        if self.labels is None:
+            return None
+        if any(isinstance(label, bool) for label in self.labels):
+            return "put quotes around labels like yes, no, true and false, which YAML takes for truth values"
+        if len(self.labels) < 2 or len(set(map(str, self.labels))) < len(self.labels):
+            return "labels must be at least two different ones"
+        if "f1" in self.metrics and len(self.labels) != 2:
+            return "f1 is of two labels, the second one counting: take accuracy or matthews"
+        return None
+
+    def _problem_of_place(self) -> str | None:
+        if self.train == self.dev:
+            return "train and dev are the same"
+        if self.dataset is not None:
+            return None
+        if self.dataset_config is not None:
+            return "dataset_config needs dataset"
+        wrong = [path for path in (self.train, self.dev) if PurePath(path).suffix not in OWN_FORMATS]
+        return f"{wrong[0]} does not end in {', '.join(OWN_FORMATS)}, and there is no dataset" if wrong else None
+
+
+def own_task(own: OwnTask) -> Task:
+    """The user's task as a row of the table."""
+    return Task(
+        task_name=own.task_name,
+        title=own.task_name,
+        folder=own.task_name,
+        sentence_columns=tuple(own.sentence_columns),
+        label_column=own.label_column,
+        labels=None if own.labels is None else tuple(map(str, own.labels)),
+        metrics=tuple(own.metrics),
+        official_rows={},
+        own=OwnData(own.train, own.dev, own.dataset, own.dataset_config),
+    )
