@@ -1,17 +1,54 @@
 """``python -m finetune COMMAND``."""
 
 from pathlib import Path
+from typing import Literal
 
 from common.cli import command_parser, parse, run_subcommand
-from finetune.grid import render_recorded
+from finetune.grid import print_status, recorded_config, render
+from finetune.submission import check_submission
+from finetune.submit import submit as write
 
 
 def report(argv: list[str]) -> None:
     """Render results.json, report.md and report.html again from the recorded trials."""
     parser = command_parser("python -m finetune report", report.__doc__ or "")
     parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
-    render_recorded(Path(parse(parser, argv).folder))
+    folder = Path(parse(parser, argv).folder)
+    render(recorded_config(folder), folder)
+
+
+def status(argv: list[str]) -> None:
+    """Tell how far a grid is, while it runs or afterwards."""
+    parser = command_parser("python -m finetune status", status.__doc__ or "")
+    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
+    print_status(Path(parse(parser, argv).folder))
+
+
+def submit(argv: list[str]) -> None:
+    """Predict GLUE's test sets with the kept models and write submission.zip; trains nothing."""
+    parser = command_parser("python -m finetune submit", submit.__doc__ or "")
+    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py, all of whose trials are done")
+    parser.add_argument("--glue_dir", type=str, help="folder of the official TSV files; default: from the hub")
+    parser.add_argument(
+        "--start", type=Literal["pretrained", "mnli"], help="which models of RTE, MRPC and STS-B, if the grid has both"
+    )
+    parser.add_argument(
+        "--placeholders", action="store_true", help="fill the files of tasks without a result with the majority label"
+    )
+    arguments = parse(parser, argv)
+    glue_dir = Path(arguments.glue_dir) if arguments.glue_dir else None
+    write(Path(arguments.folder), glue_dir, arguments.start, arguments.placeholders)
+
+
+def check(argv: list[str]) -> None:
+    """Prove that a zip is what GLUE's server takes: files, headers, rows, labels."""
+    parser = command_parser("python -m finetune check-submission", check.__doc__ or "")
+    parser.add_argument("zip", type=str, help="the submission")
+    path = Path(parse(parser, argv).zip)
+    check_submission(path)
+    print(f"{path} is complete and in the server's format")
 
 
 if __name__ == "__main__":
-    run_subcommand("python -m finetune", "Fine-tune on GLUE and report the scores.", {"report": report})
+    commands = {"report": report, "status": status, "submit": submit, "check-submission": check}
+    run_subcommand("python -m finetune", "Fine-tune on GLUE and report the scores.", commands)

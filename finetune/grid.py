@@ -1,124 +1,41 @@
 """The grid from start to report: check everything, tokenise, enqueue the trials, run them, render what was recorded."""
 
-import itertools
+import contextlib
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from common.cli import config_parser, parse, take_config
 from common.errors import UserError
-from common.folders import CONFIG_FILE, claim_folder, only_writer, read_json, write_json
+from common.folders import CONFIG_FILE, check_folder, claim_folder, only_writer, read_json, write_json
 from common.page import markdown_table
-from finetune.data import data_sha256, read_task, tokenize_task
-from finetune.model import check_model, find_model, load_tokenizer, model_fingerprint
+from finetune.config import MNLI, GridConfig
+from finetune.crew import Crew
+from finetune.examples import Examples, data_sha256, read_task
+from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
+from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
+from finetune.progress import look, priorities
+from finetune.ranks import Ranks, this_rank
 from finetune.report import PRETRAINING_FILE, score_tables, write_report
-from finetune.results import Results, collect_results
+from finetune.results import Results, make_results
 from finetune.study import TrialStore
-from finetune.tasks import TASKS
-from finetune.trial import Cell, Protocol
-from finetune.workers import Assignment, run_workers
+from finetune.tokens import load_tokens, tokenize_split
+from finetune.trial import Cell, Precision, Protocol
+from finetune.workers import Assignment
 
 RESULTS_FILE: Final = "results.json"
 STORAGE_FILE: Final = "trials.db"
-CLAIM_LOCK_FILE: Final = ".claim.lock"
+CACHE_FOLDER: Final = "cache"
+_SPLITS_FILE: Final = "splits.json"
 _MISSING_SHOWN: Final = 3
+_MAY_CHANGE: Final = ("num_workers", "trials_per_gpu")
 
-
-@dataclass(frozen=True)
-class Grid:
-    """All combinations of these values, for each of these tasks."""
-
-    tasks: list[str]
-    """any of: cola sst2 mrpc stsb qqp mnli qnli rte wnli, and demo_sentiment demo_entailment demo_similarity"""
-    learning_rate: list[float]
-    """peak learning rates"""
-    batch_size: list[int]
-    """rows per optimizer step"""
-    num_epochs: list[int]
-    """passes over the training rows"""
-
-
-@dataclass(frozen=True)
-class GridConfig:
-    """What to fine-tune, and how."""
-
-    grids: list[Grid]
-    """lists of tasks, each with its values of learning_rate, batch_size and num_epochs"""
-    seeds: list[int]
-    """one trial each per combination; they decide the classifier's first weights, the order of the rows, and dropout"""
-    max_seq_length: int = 128
-    """tokens per row, [CLS] and [SEP] included; longer rows are cut"""
-    weight_decay: float = 0.1
-    """AdamW's, not applied to biases and LayerNorms"""
-    warmup_proportion: float = 0.06
-    """share of the steps in which the learning rate rises; it falls linearly to 0 afterwards"""
-    random_baseline: bool = False
-    """run the same grid from random weights too, and report what pretraining gains"""
-    mnli_init: bool = False
-    """start RTE, MRPC and STS-B from the MNLI model: not available yet, only false is accepted"""
-    num_workers: int | None = None
-    """processes that run trials; default: one per GPU, or where there is none one per CPU core"""
-    storage: str | None = None
-    """URL of an Optuna storage that serves this output folder alone; default: SQLite in the output folder"""
-
-    def __post_init__(self) -> None:
-        if self.mnli_init:
-            raise ValueError("mnli_init: true is not available yet: leave it out")
-        _check_axis("seeds", self.seeds, smallest=0, largest=2**31 - 1)
-        if self.storage and re.search(r"://[^/@]*:[^/@]*@", self.storage):
-            raise ValueError(
-                "storage holds a password, which would be written into the output folder: leave it out of the URL and "
-                "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
-            )
-        if not self.grids:
-            raise ValueError("grids is empty: give at least one list of tasks")
-        for index, grid in enumerate(self.grids):
-            for name, smallest, largest in (
-                ("learning_rate", 1e-12, 1),
-                ("batch_size", 1, 2**31),
-                ("num_epochs", 1, 2**31),
-            ):
-                _check_axis(f"grids[{index}].{name}", getattr(grid, name), smallest, largest)
-            if not grid.tasks:
-                raise ValueError(f"grids[{index}].tasks is empty")
-        names = [name for grid in self.grids for name in grid.tasks]
-        for name in names:
-            if name not in TASKS:
-                raise ValueError(f"there is no task '{name}'; there are: {' '.join(TASKS)}")
-            if names.count(name) > 1:
-                raise ValueError(f"task {name} is in the grids more than once")
-        if not 0 <= self.warmup_proportion <= 1:
-            raise ValueError(f"warmup_proportion is {self.warmup_proportion}: it must be between 0 and 1")
-        if self.max_seq_length < 8 or self.weight_decay < 0 or (self.num_workers or 1) < 1:
-            raise ValueError("max_seq_length must be 8 or more, weight_decay 0 or more, num_workers 1 or more")
-
-    def cells(self) -> dict[str, list[Cell]]:
-        """All cells of each task, in the order in which they run."""
-        initializations = ("pretrained", "random") if self.random_baseline else ("pretrained",)
-        return {
-            task_name: [
-                Cell(task_name, *values, initialization, seed)
-                for *values, initialization, seed in itertools.product(
-                    grid.learning_rate, grid.batch_size, grid.num_epochs, initializations, self.seeds
-                )
-            ]
-            for grid in self.grids
-            for task_name in grid.tasks
-        }
-
-
-def _check_axis(name: str, values: Sequence[float], smallest: float, largest: float) -> None:
-    if not values:
-        raise ValueError(f"{name} is empty: give at least one value")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} has a value twice: {values}")
-    if min(values) < smallest or max(values) > largest:
-        raise ValueError(f"{name} has {min(values)} to {max(values)}: possible are {smallest:g} to {largest:g}")
+Cells = Mapping[str, Sequence[Cell]]
 
 
 def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | None, tasks: Sequence[str]) -> None:
@@ -134,44 +51,150 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
     Raises:
         UserError: bad input, before any work; or, when all is recorded, trials without a result.
     """
-    cells = _select(config.cells(), tasks)
-    model_folder = find_model(model)
-    tokenizer = load_tokenizer(model_folder)
-    check_model(model_folder, tokenizer, config.max_seq_length)
-    data = {name: read_task(TASKS[name], glue_dir) for name in cells}
-    if config.storage:
-        _open_store(config, output_dir)  # what can't be opened is told before anything is written
-    claim_folder(output_dir, config, may_change=("num_workers",))
-    with only_writer(output_dir):
-        protocol = Protocol(config.max_seq_length, config.weight_decay, config.warmup_proportion)
-        model_checksums = model_fingerprint(model_folder)
-        data_checksums = {name: data_sha256(task_data) for name, task_data in data.items()}
-        store = _open_store(config, output_dir)
-        for name, task_cells in cells.items():
-            fingerprint = {**model_checksums, "task data": data_checksums[name], **asdict(protocol)}
-            rows = {split: len(examples.labels) for split, examples in data[name].items()}
-            store.open_study(name, fingerprint, {"model": _model_name(model_folder, model), "rows": rows})
-            if config.storage is None:  # in SQLite in this folder nobody but this run can be running trials
-                store.give_back_interrupted(name)
-            store.enqueue_missing(name, task_cells)
-        _copy_pretraining_record(model_folder, output_dir)
-        task_folders = {name: output_dir / "cache" / f"{name}-{data_checksums[name][:16]}" for name in cells}
-        for name, task_data in data.items():
-            tokenize_task(task_data, tokenizer, config.max_seq_length, task_folders[name])
-        run_workers(store, _assignments(config, output_dir, model_folder, protocol, task_folders))
-        results = render(config, output_dir)
-    _refuse_missing(results, list(cells))
+    cells = _select(config, tasks)
+    protocol = _protocol(config)
+    ranks, parent = this_rank(), os.getppid()
+    with contextlib.ExitStack() as stack:
+        if ranks.coordinates:
+            prepared = _Preparation(config, cells, protocol, model, output_dir, glue_dir)
+            stack.enter_context(prepared.checked())
+        ranks.after_rank_0(lambda: prepared.prepare())
+        assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
+        store = TrialStore(_storage_url(config, output_dir))
+        Crew(store, assignments, shows_progress=ranks.coordinates).run(parent if ranks.launched else None)
+        if ranks.coordinates:
+            _refuse_missing(render(config, output_dir), list(cells))
 
 
-def _select(cells: dict[str, list[Cell]], tasks: Sequence[str]) -> dict[str, list[Cell]]:
+def _select(config: GridConfig, tasks: Sequence[str]) -> dict[str, list[Cell]]:
+    cells = config.cells()
     for name in tasks:
         if name not in cells:
             raise UserError(f"--tasks names '{name}', which is not in the grid; the grid has: {' '.join(cells)}")
-    return {name: task_cells for name, task_cells in cells.items() if not tasks or name in tasks}
+    selected = {name: task_cells for name, task_cells in cells.items() if not tasks or name in tasks}
+    for name, task_cells in selected.items():
+        if MNLI not in selected and any(cell.initialization == "mnli" for cell in task_cells):
+            raise UserError(f"--tasks names {name}, which starts from MNLI's model, but not mnli: name it, too")
+    return selected
 
 
-def _open_store(config: GridConfig, output_dir: Path) -> TrialStore:
-    return TrialStore(_storage_url(config, output_dir), output_dir / CLAIM_LOCK_FILE)
+def _protocol(config: GridConfig) -> Protocol:
+    precision = _auto_precision() if config.precision == "auto" else config.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a GPU, and there is none: use fp32, bf16 or auto")
+    return Protocol(
+        config.max_seq_length,
+        config.weight_decay,
+        config.warmup_proportion,
+        precision,
+        config.score_epoch,
+        config.compile,
+    )
+
+
+def _auto_precision() -> Precision:
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class _Preparation:
+    """All that is done once before the trials, by one process."""
+
+    def __init__(
+        self,
+        config: GridConfig,
+        cells: dict[str, list[Cell]],
+        protocol: Protocol,
+        model: str,
+        output_dir: Path,
+        glue_dir: Path | None,
+    ) -> None:
+        self._config, self._cells, self._protocol, self._output_dir = config, cells, protocol, output_dir
+        self._model_folder = find_model(model)
+        self._model_name = _model_name(self._model_folder, model)
+        self._tokenizer = load_tokenizer(self._model_folder)
+        check_model(self._model_folder, self._tokenizer, config.max_seq_length)
+        self._data = {name: _read(config, name, glue_dir) for name in cells}
+        self._checksums = model_fingerprint(self._model_folder)
+
+    @contextlib.contextmanager
+    def checked(self):
+        """Hold the output folder, once it is clear that this grid belongs there; nothing is written otherwise."""
+        check_folder(self._output_dir, self._config, _MAY_CHANGE)
+        if self._config.storage or (self._output_dir / STORAGE_FILE).exists():
+            store = TrialStore(_storage_url(self._config, self._output_dir))
+            for name in self._cells:
+                store.check_study(name, self._fingerprint(name))
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        with only_writer(self._output_dir):
+            claim_folder(self._output_dir, self._config, _MAY_CHANGE)
+            yield
+
+    def prepare(self) -> None:
+        """Tokenise, open the studies, and put every cell without a result into the storage."""
+        folders = {name: self._tokenize(name) for name in self._cells}
+        num_tokens = {
+            name: {split: load_tokens(folder).num_tokens for split, folder in splits.items()}
+            for name, splits in folders.items()
+        }
+        store = TrialStore(_storage_url(self._config, self._output_dir))
+        priority = priorities(self._cells, num_tokens)
+        for name, task_cells in self._cells.items():
+            store.open_study(name, self._fingerprint(name), self._facts(name, num_tokens[name]))
+            if self._config.storage is None:  # in SQLite in this folder nobody but this run can be running trials
+                for attempt in store.running([name]):
+                    store.give_back(attempt)
+            store.enqueue_missing(name, {cell: priority[cell] for cell in task_cells})
+        record = self._model_folder / PRETRAINING_FILE
+        if record.exists():
+            pretraining = read_json(record, "the model's own record; delete it to do without")
+            write_json(self._output_dir / PRETRAINING_FILE, pretraining)
+        names = {name: {split: folder.name for split, folder in splits.items()} for name, splits in folders.items()}
+        write_json(self._output_dir / CACHE_FOLDER / _SPLITS_FILE, names)
+
+    def _tokenize(self, task_name: str) -> dict[str, Path]:
+        return {
+            split: tokenize_split(
+                examples,
+                self._config.tasks[task_name],
+                self._tokenizer,
+                self._checksums["tokenizer"],
+                self._config.max_seq_length,
+                self._output_dir / CACHE_FOLDER,
+            )
+            for split, examples in self._data[task_name].items()
+        }
+
+    def _fingerprint(self, task_name: str) -> dict[str, Any]:
+        """What all trials of a task have in common."""
+        configurations = sorted({(cell.initialization, *cell.configuration) for cell in self._cells[task_name]})
+        return {
+            **self._checksums,
+            "task data": data_sha256(self._data[task_name]),
+            **asdict(self._protocol),
+            "grid": [list(configuration) for configuration in configurations],
+            "list of seeds": self._config.seeds,
+        }
+
+    def _facts(self, task_name: str, num_tokens: Mapping[str, int]) -> dict[str, Any]:
+        """What reports tell about a task."""
+        return {
+            "model": self._model_name,
+            "model_sha256": self._checksums["model weights"],
+            "protocol": asdict(self._protocol),
+            "rows": {split: len(examples) for split, examples in self._data[task_name].items()},
+            "num_tokens": num_tokens,
+        }
+
+
+def _read(config: GridConfig, task_name: str, glue_dir: Path | None) -> dict[str, Examples]:
+    data = read_task(config.tasks[task_name], glue_dir)
+    if task_name in config.max_train_rows:
+        rows, train = config.max_train_rows[task_name], data["train"]
+        first_sentences = tuple(column[:rows] for column in train.sentences)
+        data["train"] = replace(train, sentences=first_sentences, labels=train.labels[:rows])
+    return data
 
 
 def _storage_url(config: GridConfig, output_dir: Path) -> str:
@@ -183,30 +206,49 @@ def _model_name(folder: Path, model: str) -> str:
     return "/".join(folder.resolve().parts[-2:]) if Path(model).is_dir() else model
 
 
-def _copy_pretraining_record(model_folder: Path, output_dir: Path) -> None:
-    record = model_folder / PRETRAINING_FILE
-    if record.exists():
-        write_json(output_dir / PRETRAINING_FILE, read_json(record, "the model's own record; delete it to do without"))
-
-
 def _assignments(
-    config: GridConfig, output_dir: Path, model_folder: Path, protocol: Protocol, task_folders: dict[str, Path]
+    config: GridConfig,
+    cells: dict[str, list[Cell]],
+    protocol: Protocol,
+    model_folder: Path,
+    output_dir: Path,
+    ranks: Ranks,
 ) -> list[Assignment]:
-    """One per worker: GPUs go round, CPU cores are shared out."""
-    num_gpus, num_cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    num_workers = config.num_workers or num_gpus or num_cores
+    """One for each worker of this process."""
+    cache = output_dir / CACHE_FOLDER
+    names = read_json(cache / _SPLITS_FILE, "what was prepared for the trials")
+    folders = {name: {split: cache / folder for split, folder in names[name].items()} for name in cells}
+    tasks = {name: config.tasks[name] for name in cells}
+    per_gpu, on_cpu = 1, 1
+    if torch.cuda.is_available():
+        per_gpu = config.trials_per_gpu
+        if per_gpu == "auto":
+            dearest = max(
+                (cell for task_cells in cells.values() for cell in task_cells), key=lambda cell: cell.batch_size
+            )
+            train_folder = folders[dearest.task_name]["train"]
+            device = f"cuda:{ranks.local_rank}"
+            probe = Probe(model_folder, protocol, tasks[dearest.task_name], dearest, train_folder, device)
+            per_gpu = trials_per_gpu(probe, output_dir)
+    else:
+        on_cpu = config.num_workers or cpu_workers(Encoder(model_folder).num_parameters, ranks)
+    places = devices(per_gpu, on_cpu, ranks)
+    num_cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
     return [
         Assignment(
-            name=f"worker {index}",
+            name=f"{socket.gethostname()} {os.getpid()} worker {index}",
             storage_url=_storage_url(config, output_dir),
-            claim_lock=output_dir / CLAIM_LOCK_FILE,
+            output_dir=output_dir,
             model_folder=model_folder,
             protocol=protocol,
-            task_folders=task_folders,
-            num_threads=max(1, num_cores // num_workers),
-            device=f"cuda:{index % num_gpus}" if num_gpus else "cpu",
+            keep_models=config.keep_models,
+            tasks=tasks,
+            cells=cells,
+            split_folders=folders,
+            num_threads=max(1, num_cores // len(places)),
+            device=device,
         )
-        for index in range(num_workers)
+        for index, device in enumerate(places)
     ]
 
 
@@ -216,7 +258,7 @@ def render(config: GridConfig, output_dir: Path) -> Results:
     Raises:
         UserError: no trial has been recorded.
     """
-    results = collect_results(_open_store(config, output_dir), config.cells())
+    results = collect(config, output_dir)
     write_json(output_dir / RESULTS_FILE, results)
     write_report(output_dir, results)
     for title, table in score_tables(results):
@@ -225,8 +267,45 @@ def render(config: GridConfig, output_dir: Path) -> Results:
     return results
 
 
-def render_recorded(output_dir: Path) -> None:
-    """:func:`render` a folder with the configuration recorded in it.
+def collect(config: GridConfig, output_dir: Path) -> Results:
+    """The content of ``results.json``, from the storage alone.
+
+    Raises:
+        UserError: no trial has been recorded.
+    """
+    store, cells = _recorded(config, output_dir)
+    facts = {name: store.facts(name) for name in cells}
+    first = next(iter(facts.values()))
+    return make_results(
+        tasks=config.tasks,
+        facts={
+            **{name: first[name] for name in ("model", "model_sha256", "protocol")},
+            "mnli_init": config.mnli_init,
+            "rows": {name: facts[name]["rows"] for name in cells},
+            "tokens_per_row": {
+                name: facts[name]["num_tokens"]["train"] / facts[name]["rows"]["train"] for name in cells
+            },
+        },
+        cells=cells,
+        trials={cell: result for name in cells for cell, result in store.results(name).items()},
+        failures=[failure for name in cells for failure in store.failures(name)],
+    )
+
+
+def _recorded(config: GridConfig, output_dir: Path) -> tuple[TrialStore, dict[str, list[Cell]]]:
+    """The storage, and the cells of the tasks that have a study there."""
+    if config.storage is None and not (output_dir / STORAGE_FILE).exists():
+        raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
+    store = TrialStore(_storage_url(config, output_dir))
+    names = store.task_names()
+    cells = {name: task_cells for name, task_cells in config.cells().items() if name in names}
+    if not cells:
+        raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
+    return store, cells
+
+
+def recorded_config(output_dir: Path) -> GridConfig:
+    """The configuration with which the grid in this folder was run.
 
     Raises:
         UserError: the folder is not the output of a grid.
@@ -234,8 +313,21 @@ def render_recorded(output_dir: Path) -> None:
     if not (output_dir / CONFIG_FILE).exists():
         raise UserError(f"{output_dir} is not the output of run_glue_grid.py: it has no {CONFIG_FILE}")
     parser = config_parser("run_glue_grid.py", "", GridConfig)
-    config = take_config(parse(parser, ["--config", str(output_dir / CONFIG_FILE)]), GridConfig)
-    render(config, output_dir)
+    return take_config(parse(parser, ["--config", str(output_dir / CONFIG_FILE)]), GridConfig)
+
+
+def print_status(output_dir: Path) -> None:
+    """Print how far the grid in this folder is; it may be running.
+
+    Raises:
+        UserError: the folder is not the output of a grid, or no trial has been recorded.
+    """
+    config = recorded_config(output_dir)
+    store, cells = _recorded(config, output_dir)
+    progress = look(store, config.tasks, cells)
+    print(f"{progress.line()}\n\n{markdown_table(*progress.table())}")
+    for attempt in progress.running:
+        print(f"running since {attempt.started:%H:%M:%S}: {attempt.cell}, {attempt.worker}")
 
 
 def _refuse_missing(results: Results, task_names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,8 @@ from common.folders import sha256_of_file
 from common.hub import model_folder, quiet_transformers, weight_files
 from finetune.tasks import Task
 
-Initialization = Literal["pretrained", "random"]
+Initialization = Literal["pretrained", "random", "mnli"]
+"""``mnli``: from the encoder that MNLI's tuned model has."""
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
@@ -58,11 +59,14 @@ def check_model(folder: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length
     Raises:
         UserError: configuration or weights are damaged, or do not fit the tokenizer or ``max_seq_length``.
     """
-    _read_pretrained_weights(folder)
+    read_encoder_weights(folder)
     config = AutoConfig.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no padding token, so this is no BERT-style encoder")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}")
-    longest = getattr(config, "max_position_embeddings", max_seq_length)
+    # RoBERTa has two positions more than it can use; its tokenizer knows.
+    longest = min(getattr(config, "max_position_embeddings", max_seq_length), tokenizer.model_max_length)
     if max_seq_length > longest:
         raise UserError(f"max_seq_length is {max_seq_length}, but {folder} has positions for {longest} tokens")
 
@@ -87,23 +91,35 @@ class Encoder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # Read here and not when first needed: reading draws random numbers, which would then be missing from one trial.
-        self._pretrained_weights = _read_pretrained_weights(folder)
+        self._weights = read_encoder_weights(folder)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the encoder, without a head."""
+        return sum(weight.numel() for weight in self._weights.values())
 
     def new_classifier(self, task: Task, initialization: Initialization, device: torch.device) -> PreTrainedModel:
-        """A classifier for ``task`` on ``device``; torch's random state decides what is not pretrained.
+        """A float32 classifier for ``task`` on ``device``; torch's random state decides what is not pretrained.
 
         ``random`` has the same architecture, and no pretrained weight at all.
         """
-        config = AutoConfig.from_pretrained(self.folder, num_labels=task.num_labels)
+        config = AutoConfig.from_pretrained(self.folder, **_head_config(task))
         with device:
             classifier = AutoModelForSequenceClassification.from_config(config)
-        if initialization == "pretrained":
-            classifier.load_state_dict(self._pretrained_weights, strict=False)
+        if initialization != "random":
+            classifier.load_state_dict(self._weights, strict=False)
         return classifier.float()
 
 
-def _read_pretrained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What the folder holds of a classifier: everything but the head.
+def _head_config(task: Task) -> dict[str, Any]:
+    """What the saved model tells others of its outputs."""
+    names = dict(enumerate(task.labels or ("score",)))
+    kind = "single_label_classification" if task.labels else "regression"
+    return {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": kind}
+
+
+def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What the folder holds of a classifier: everything but the head, which every trial draws anew.
 
     Raises:
         UserError: the files are damaged, or parts of the encoder itself are missing, so that it would not be

@@ -5,13 +5,18 @@ claim them, and a trial's whole result lies in its user attributes. Optuna's gri
 failed trial as visited.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import optuna
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -20,49 +25,109 @@ from common.folders import file_lock
 from finetune.trial import Cell
 
 MAX_ATTEMPTS: Final = 2
-_INTERRUPTED: Final = "the run was killed"
+HEARTBEAT_SECONDS: Final = 15
+STALE_SECONDS: Final = 60
+_POSTGRESQL_LOCK: Final = 0x24B1  # any number that is ours
 _LARGEST_INT: Final = 2**31 - 1
 _DISTRIBUTIONS: Final = {
     "learning_rate": FloatDistribution(0.0, 1.0),
     "batch_size": IntDistribution(1, _LARGEST_INT),
     "num_epochs": IntDistribution(1, _LARGEST_INT),
-    "initialization": CategoricalDistribution(("pretrained", "random")),
+    "initialization": CategoricalDistribution(("pretrained", "random", "mnli")),
     "seed": IntDistribution(0, _LARGEST_INT),
 }
 
 optuna.logging.set_verbosity(logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats are called so
 
 
 @dataclass(frozen=True)
-class ClaimedTrial:
-    """A trial that this worker alone runs."""
+class Attempt:
+    """An attempt at a cell, which one worker alone runs."""
 
     cell: Cell
     number: int
     attempt: int
+    priority: float
+    kills: int = 0
+    """How often it has been interrupted."""
+    worker: str | None = None
+    started: datetime | None = None
+    """When it was claimed, by the clock of the machine that claimed it."""
 
 
 class TrialStore:
-    """The studies of one output folder.
+    """The studies of one grid, which any number of processes and machines may share.
 
     Args:
-        url: storage in SQLAlchemy's form, such as ``sqlite:///G/trials.db``.
-        claim_lock: a file on this machine. SQLite cannot compare and set, so that workers take turns to claim;
-            PostgreSQL and MySQL lock the trial's row themselves, across machines too.
+        url: storage in SQLAlchemy's form: ``sqlite:///G/trials.db``, or ``postgresql://...`` for several machines.
+        heartbeat_seconds: between two signs of life of a running trial.
+        stale_seconds: after so long without one, the trial counts as interrupted.
+
+    Raises:
+        UserError: the storage can't be opened, or is of another kind.
     """
 
-    def __init__(self, url: str, claim_lock: Path) -> None:
-        self._claim_lock = claim_lock
+    def __init__(
+        self, url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS, stale_seconds: int = STALE_SECONDS
+    ) -> None:
+        self._heartbeat_seconds = heartbeat_seconds
         try:
-            self._storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": _connect_arguments(url)})
+            parsed = sqlalchemy.make_url(url)
+            self._dialect = parsed.get_backend_name()
+            if self._dialect not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
+                raise ValueError("it must be sqlite:///FILE, or postgresql://... for several machines")
+            self._lock_file = Path(f"{parsed.database}.lock")
+            self._storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": self._connect_arguments()},
+                heartbeat_interval=heartbeat_seconds,
+                grace_period=stale_seconds,
+                heartbeat_stale_trial_callback=lambda study, trial: _wait_again(
+                    study, _attempt(study.study_name, trial)
+                ),
+            )
         except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
             raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from error
+
+    def _connect_arguments(self) -> dict[str, Any]:
+        """SQLite gives up on a busy file after 5 seconds by itself; a machine under load needs more."""
+        return {"timeout": 60} if self._dialect == "sqlite" else {}
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Be the only process, on any machine, that looks for trials to add or to claim."""
+        if self._dialect == "sqlite":  # it cannot compare and set
+            with file_lock(self._lock_file):
+                yield
+            return
+        with self._storage.engine.connect() as connection, connection.begin():
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})"))
+            yield
+
+    # --- studies ---
 
     def task_names(self) -> list[str]:
         """The tasks that have a study."""
         return [study.study_name for study in self._storage.get_all_studies()]
 
-    def open_study(self, task_name: str, fingerprint: dict[str, Any], facts: dict[str, Any]) -> None:
+    def check_study(self, task_name: str, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a study with another fingerprint, and write nothing.
+
+        Raises:
+            UserError: the recorded trials of ``task_name`` were made with another fingerprint.
+        """
+        if task_name not in self.task_names():
+            return
+        recorded = self._study(task_name).user_attrs.get("fingerprint", fingerprint)
+        different = [name for name in fingerprint if recorded.get(name) != fingerprint[name]]
+        if different:
+            raise UserError(
+                f"the recorded trials of {task_name} were run with another {' and another '.join(different)}:"
+                " give another --output_dir and storage, or what they were run with"
+            )
+
+    def open_study(self, task_name: str, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Create or reopen a task's study.
 
         Args:
@@ -73,16 +138,10 @@ class TrialStore:
         Raises:
             UserError: the study was made with another fingerprint.
         """
+        self.check_study(task_name, fingerprint)
         study = optuna.create_study(
             storage=self._storage, study_name=task_name, direction="maximize", load_if_exists=True
         )
-        recorded = study.user_attrs.get("fingerprint", fingerprint)
-        different = [name for name in fingerprint if recorded.get(name) != fingerprint[name]]
-        if different:
-            raise UserError(
-                f"the recorded trials of {task_name} were run with another {' and another '.join(different)}:"
-                " give another --output_dir, or what they were run with"
-            )
         study.set_user_attr("fingerprint", fingerprint)
         study.set_user_attr("facts", facts)
 
@@ -90,83 +149,106 @@ class TrialStore:
         """What :meth:`open_study` was told last."""
         return self._study(task_name).user_attrs["facts"]
 
-    def give_back_interrupted(self, task_name: str) -> None:
-        """Record trials that a killed run left running as failed; call it only while nobody else can be running."""
-        for trial in self._trials(task_name, TrialState.RUNNING):
-            self._fail(task_name, trial.number, _INTERRUPTED)
+    # --- trials that wait, and those who take them ---
 
-    def enqueue_missing(self, task_name: str, cells: Iterable[Cell]) -> None:
-        """Add a waiting trial for each cell that has none waiting, running or finished."""
+    def enqueue_missing(self, task_name: str, priorities: Mapping[Cell, float]) -> None:
+        """Add a waiting trial for each cell that has none waiting, running or finished.
+
+        Args:
+            task_name: whose cells these are.
+            priorities: of each cell; the highest is claimed first.
+        """
         states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-        present = {_cell(task_name, trial) for trial in self._trials(task_name, *states)}
-        for cell in cells:
-            if cell not in present:
-                self._enqueue(cell, attempt=1)
+        with self._exclusive():
+            present = {_cell(task_name, trial) for trial in self._trials(task_name, *states)}
+            for cell, priority in priorities.items():
+                if cell not in present:
+                    self._study(task_name).add_trial(_waiting_trial(cell, priority, attempt=1))
 
-    def _enqueue(self, cell: Cell, attempt: int) -> None:
-        parameters = asdict(cell)
-        waiting = optuna.trial.create_trial(
-            state=TrialState.WAITING,
-            params={name: parameters[name] for name in _DISTRIBUTIONS},
-            distributions=_DISTRIBUTIONS,
-            user_attrs={"attempt": attempt},
-        )
-        self._study(cell.task_name).add_trial(waiting)
+    def claim(
+        self, task_names: Iterable[str], worker: str, may_run: Callable[[Cell], bool] = lambda cell: True
+    ) -> Attempt | None:
+        """Take the waiting trial of highest priority of these tasks that ``may_run``; None when there is none."""
+        with self._exclusive():
+            waiting = [attempt for attempt in self.waiting(task_names) if may_run(attempt.cell)]
+            if not waiting:
+                return None
+            attempt = max(waiting, key=lambda attempt: attempt.priority)  # the first, so the grid's order, among equals
+            trial_id = self._trial_id(attempt.cell.task_name, attempt.number)
+            self._storage.set_trial_user_attr(trial_id, "worker", worker)
+            self._storage.record_heartbeat(trial_id)  # first: what runs without one would never count as stale
+            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            return attempt
 
-    def claim(self, task_names: Iterable[str], worker: str) -> ClaimedTrial | None:
-        """Take the next waiting trial of these tasks for ``worker``; None when there is none left."""
-        with file_lock(self._claim_lock):
-            for task_name in task_names:
-                for trial in self._trials(task_name, TrialState.WAITING):
-                    if self._claim(task_name, trial.number, worker):
-                        return ClaimedTrial(_cell(task_name, trial), trial.number, trial.user_attrs["attempt"])
-        return None
+    @contextlib.contextmanager
+    def heartbeat(self, attempt: Attempt) -> Iterator[None]:
+        """Show signs of life of a trial meanwhile."""
+        trial_id, ended = self._trial_id(attempt.cell.task_name, attempt.number), threading.Event()
 
-    def _claim(self, task_name: str, number: int, worker: str) -> bool:
-        trial_id = self._trial_id(task_name, number)
+        def beat() -> None:
+            while not ended.wait(self._heartbeat_seconds):
+                self._storage.record_heartbeat(trial_id)
+            self._storage.remove_session()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
         try:
-            if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                return False
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def finish(self, attempt: Attempt, result: Mapping[str, Any]) -> bool:
+        """Record a trial's result, which holds its ``score``; False if it had been given back to others meanwhile."""
+        return self._end(attempt, TrialState.COMPLETE, result["score"], result=result)
+
+    def fail(self, attempt: Attempt, cause: str) -> None:
+        """Record why a trial has no result, and let it be tried once more unless this was that attempt."""
+        with self._exclusive():
+            if self._end(attempt, TrialState.FAIL, failure=cause) and attempt.attempt < MAX_ATTEMPTS:
+                self._study(attempt.cell.task_name).add_trial(
+                    _waiting_trial(attempt.cell, attempt.priority, attempt.attempt + 1)
+                )
+
+    def running_of(self, worker: str, task_names: Iterable[str]) -> list[Attempt]:
+        """What a worker has claimed and not ended: one trial, or none."""
+        return [attempt for attempt in self.running(task_names) if attempt.worker == worker]
+
+    def give_back(self, attempt: Attempt) -> None:
+        """Let a trial whose worker was killed wait again: that is no fault of its own."""
+        with self._exclusive():
+            if self._end(attempt, TrialState.FAIL):
+                _wait_again(self._study(attempt.cell.task_name), attempt)
+
+    def give_back_stale(self, task_names: Iterable[str]) -> None:
+        """:meth:`give_back` running trials that have shown no sign of life for too long."""
+        with self._exclusive():
+            for task_name in task_names:
+                optuna.storages.fail_stale_trials(self._study(task_name))
+
+    def _end(self, attempt: Attempt, state: TrialState, value: float | None = None, **attributes: Any) -> bool:
+        """False if the trial had ended before, as one does that was given back."""
+        task_name = attempt.cell.task_name
+        trial_id = self._trial_id(task_name, attempt.number)
+        try:
+            for name, attribute in attributes.items():
+                self._storage.set_trial_user_attr(trial_id, name, attribute)
+            return self._storage.set_trial_state_values(trial_id, state, None if value is None else [value])
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        self._storage.set_trial_user_attr(trial_id, "worker", worker)
-        return True
 
-    def finish(self, claimed: ClaimedTrial, result: dict[str, Any]) -> None:
-        """Record a trial's result, which holds its ``score``."""
-        task_name = claimed.cell.task_name
-        self._storage.set_trial_user_attr(self._trial_id(task_name, claimed.number), "result", result)
-        self._study(task_name).tell(claimed.number, result["score"])
+    # --- what there is ---
 
-    def fail(self, claimed: ClaimedTrial, cause: str) -> None:
-        """Record why a trial has no result, and let it be tried once more unless this was that attempt."""
-        self._fail(claimed.cell.task_name, claimed.number, cause)
-        if claimed.attempt < MAX_ATTEMPTS:
-            self._enqueue(claimed.cell, claimed.attempt + 1)
+    def waiting(self, task_names: Iterable[str]) -> list[Attempt]:
+        """The trials that nobody has claimed."""
+        return self._in_state(task_names, TrialState.WAITING)
 
-    def fail_trials_of(self, worker: str, task_names: Iterable[str], cause: str) -> int:
-        """:meth:`fail` what a dead worker was running; returns how many trials that were."""
-        lost = [
-            ClaimedTrial(_cell(task_name, trial), trial.number, trial.user_attrs["attempt"])
-            for task_name in task_names
-            for trial in self._trials(task_name, TrialState.RUNNING)
-            if trial.user_attrs.get("worker") == worker
-        ]
-        for claimed in lost:
-            self.fail(claimed, cause)
-        return len(lost)
+    def running(self, task_names: Iterable[str]) -> list[Attempt]:
+        """The trials that are being run."""
+        return self._in_state(task_names, TrialState.RUNNING)
 
-    def _fail(self, task_name: str, number: int, cause: str) -> None:
-        self._storage.set_trial_user_attr(self._trial_id(task_name, number), "failure", cause)
-        self._study(task_name).tell(number, state=TrialState.FAIL)
-
-    def num_trials(self, task_names: Iterable[str]) -> tuple[int, int]:
-        """How many trials of these tasks are complete, and how many wait or run."""
-        counts = [
-            [len(self._trials(name, *states)) for name in task_names]
-            for states in ((TrialState.COMPLETE,), (TrialState.WAITING, TrialState.RUNNING))
-        ]
-        return sum(counts[0]), sum(counts[1])
+    def _in_state(self, task_names: Iterable[str], state: TrialState) -> list[Attempt]:
+        return [_attempt(name, trial) for name in task_names for trial in self._trials(name, state)]
 
     def results(self, task_name: str) -> dict[Cell, dict[str, Any]]:
         """The result of each finished cell."""
@@ -174,27 +256,51 @@ class TrialStore:
         return {_cell(task_name, trial): trial.user_attrs["result"] for trial in trials}
 
     def failures(self, task_name: str) -> list[tuple[Cell, str]]:
-        """Every attempt that failed of itself, with its cause."""
+        """Every attempt that failed of itself, with its cause; an interrupted one has none."""
         trials = self._trials(task_name, TrialState.FAIL)
-        causes = [(_cell(task_name, trial), trial.user_attrs.get("failure", "unknown")) for trial in trials]
-        return [(cell, cause) for cell, cause in causes if cause != _INTERRUPTED]
+        causes = [(_cell(task_name, trial), trial.user_attrs.get("failure")) for trial in trials]
+        return [(cell, cause) for cell, cause in causes if cause is not None]
+
+    def _study_id(self, task_name: str) -> int:
+        return self._storage.get_study_id_from_name(task_name)
 
     def _study(self, task_name: str) -> optuna.Study:
         return optuna.load_study(storage=self._storage, study_name=task_name)
 
     def _trials(self, task_name: str, *states: TrialState) -> list[FrozenTrial]:
-        study_id = self._storage.get_study_id_from_name(task_name)
-        return self._storage.get_all_trials(study_id, deepcopy=False, states=states)
+        return self._storage.get_all_trials(self._study_id(task_name), deepcopy=False, states=states)
 
     def _trial_id(self, task_name: str, number: int) -> int:
-        study_id = self._storage.get_study_id_from_name(task_name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id(task_name), number)
 
 
 def _cell(task_name: str, trial: FrozenTrial) -> Cell:
     return Cell(task_name=task_name, **trial.params)
 
 
-def _connect_arguments(url: str) -> dict[str, Any]:
-    """SQLite gives up on a busy file after 5 seconds by itself; a machine under load needs more."""
-    return {"timeout": 60} if url.startswith("sqlite") else {}
+def _attempt(task_name: str, trial: FrozenTrial) -> Attempt:
+    attributes = trial.user_attrs
+    return Attempt(
+        _cell(task_name, trial),
+        trial.number,
+        attributes["attempt"],
+        attributes["priority"],
+        attributes["kills"],
+        attributes.get("worker"),
+        trial.datetime_start,
+    )
+
+
+def _wait_again(study: optuna.Study, interrupted: Attempt) -> None:
+    """Put the same attempt into the storage once more."""
+    cell, priority, attempt = interrupted.cell, interrupted.priority, interrupted.attempt
+    study.add_trial(_waiting_trial(cell, priority, attempt, interrupted.kills + 1))
+
+
+def _waiting_trial(cell: Cell, priority: float, attempt: int, kills: int = 0) -> FrozenTrial:
+    return optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params={name: getattr(cell, name) for name in _DISTRIBUTIONS},
+        distributions=_DISTRIBUTIONS,
+        user_attrs={"priority": priority, "attempt": attempt, "kills": kills},
+    )

@@ -130,7 +130,7 @@ def load_tokens(folder: Path) -> TokenizedSplit:
 
     def array(name: str) -> np.ndarray | None:
         path = folder / f"{name}.npy"
-        return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+        return np.load(path, mmap_mode="c", allow_pickle=False) if path.exists() else None
 
     arrays = {name: array(name) for name in ("input_ids", "token_type_ids", "offsets", "labels")}
     summary = read_json(folder / _SUMMARY_FILE, "run the grid again, which tokenises again")

@@ -1,27 +1,36 @@
-"""Worker processes: each claims trials, runs them and records them, until none is left."""
+"""Worker processes: each claims trials, runs them and records them, until none is left for it."""
 
+import gc
+import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NoReturn
 
 import torch
-from tqdm import tqdm
 
-from finetune.data import load_tokenized
-from finetune.model import Encoder
-from finetune.study import TrialStore
-from finetune.trial import Protocol, run_trial
+from finetune.batches import DeviceSplit
+from finetune.config import MNLI
+from finetune.kept_models import KeptModels, groups_by_start
+from finetune.model import Encoder, load_tokenizer
+from finetune.study import Attempt, TrialStore
+from finetune.tasks import Task
+from finetune.tokens import load_tokens
+from finetune.trial import Cell, Protocol, TrialFailure, run_trial
 
-POLL_SECONDS: Final = 1.0
-LOG_SECONDS: Final = 60.0
+DEVICE_BROKEN: Final = 3  # exit code of a worker whose GPU context is lost: another process can go on
+CANNOT_WRITE: Final = 4
+_LOOK_SECONDS: Final = 2.0
+_RECORDED_PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -29,71 +38,159 @@ class Assignment:
     """What a worker is told when it starts."""
 
     name: str
+    """No other worker of the storage, on any machine, has it."""
     storage_url: str
-    claim_lock: Path
+    output_dir: Path
     model_folder: Path
     protocol: Protocol
-    task_folders: dict[str, Path]
-    """The tokenised data of each task, in the order in which the tasks are run."""
+    keep_models: bool
+    tasks: Mapping[str, Task]
+    cells: Mapping[str, list[Cell]]
+    """Of each task that this start of the grid runs."""
+    split_folders: Mapping[str, Mapping[str, Path]]
+    """The token arrays of each split of each task."""
     num_threads: int
     device: str
     """``cpu`` or ``cuda:<index>``."""
 
 
-def run_workers(store: TrialStore, assignments: Sequence[Assignment]) -> None:
-    """Run all waiting trials of the assigned tasks, and show how many are done.
-
-    A trial whose worker dies is recorded as failed, and another worker takes the dead one's place.
-    """
-    task_names = list(assignments[0].task_folders)
-    done, left = store.num_trials(task_names)
-    if not left:
-        return
-    running = {_start(assignment): assignment for assignment in assignments[:left]}
-    refresh_seconds = 0.5 if sys.stderr.isatty() else LOG_SECONDS
-    with tqdm(total=done + left, initial=done, unit="trial", mininterval=refresh_seconds) as progress:
-        while running:
-            multiprocessing.connection.wait([process.sentinel for process in running], timeout=POLL_SECONDS)
-            for process in [process for process in running if not process.is_alive()]:
-                assignment = running.pop(process)
-                if process.exitcode and _record_death(store, assignment, process.exitcode):
-                    running[_start(assignment)] = assignment
-            progress.update(store.num_trials(task_names)[0] - progress.n)
-
-
-def _start(assignment: Assignment) -> BaseProcess:
+def start_worker(assignment: Assignment) -> BaseProcess:
+    """Start a worker process; it ends with this process, even when that is killed."""
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(assignment,), daemon=True)
     process.start()
     return process
 
 
-def _record_death(store: TrialStore, assignment: Assignment, exit_code: int) -> bool:
-    """Fail what a dead worker was running; False where it died before it took a trial, so that another would too."""
-    cause = f"its worker process ended with exit code {exit_code}" + (" (out of memory?)" if exit_code == -9 else "")
-    lost = store.fail_trials_of(assignment.name, assignment.task_folders, cause)
-    if not lost:
-        tqdm.write(f"{assignment.name} ended with exit code {exit_code} before it took a trial", file=sys.stderr)
-    return lost > 0
-
-
 def _work(assignment: Assignment) -> None:
     """The life of one worker process."""
-    _end_with_parent()
+    end_with_parent()
     torch.set_num_threads(assignment.num_threads)
-    store = TrialStore(assignment.storage_url, assignment.claim_lock)
-    encoder = Encoder(assignment.model_folder)
-    device = torch.device(assignment.device)
-    tasks = {name: load_tokenized(folder) for name, folder in assignment.task_folders.items()}
-    while claimed := store.claim(tasks, assignment.name):
+    Worker(assignment).run()
+
+
+class Worker:
+    """Runs trials one after the other; weights and data are read once, not for each trial."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+        self._store = TrialStore(assignment.storage_url)
+        self._device = torch.device(assignment.device)
+        self._encoder = Encoder(assignment.model_folder)
+        self._tokenizer = load_tokenizer(assignment.model_folder)
+        self._mnli = MnliStart(self._store, assignment.output_dir, assignment.cells)
+        self._data: dict[str, dict[str, DeviceSplit]] = {}
+        self._versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+
+    def run(self) -> None:
+        """Until no trial is left for this worker, nor any that waits for MNLI's model."""
+        while True:
+            more_to_come = self._mnli.is_awaited()  # asked first: if it ends between the two questions, we ask again
+            mnli_is_ready = self._mnli.is_ready()
+            attempt = self._store.claim(
+                self._assignment.cells,
+                self._assignment.name,
+                lambda cell, ready=mnli_is_ready: ready or cell.initialization != "mnli",
+            )
+            if attempt is not None:
+                with self._store.heartbeat(attempt):
+                    self._run(attempt)
+            elif more_to_come:
+                time.sleep(_LOOK_SECONDS)
+            else:
+                return
+
+    def _run(self, attempt: Attempt) -> None:
+        cell = attempt.cell
+        encoder = self._mnli.encoder() if cell.initialization == "mnli" else self._encoder
+        task, protocol = self._assignment.tasks[cell.task_name], self._assignment.protocol
         try:
-            result = run_trial(claimed.cell, assignment.protocol, encoder, tasks[claimed.cell.task_name], device)
-        except Exception as error:  # a trial may fail in any way (memory, numerics); the grid goes on
-            store.fail(claimed, f"{type(error).__name__}: {error}")
+            data = self._data_of(cell.task_name)
+            result, classifier = run_trial(task, cell, protocol, encoder, data, self._device)
+        except (TrialFailure, torch.OutOfMemoryError, MemoryError) as error:
+            self._store.fail(attempt, _one_line(error))
+            self._free_memory()
+        except Exception as error:  # a trial may fail in any way; the grid goes on
+            self._store.fail(attempt, _one_line(error))
+            if self._device.type == "cuda":  # no later trial could use this process's GPU context
+                _leave(DEVICE_BROKEN, f"{cell}: {_one_line(error)}")
         else:
-            store.finish(claimed, result)
+            self._record(attempt, result, classifier)
+
+    def _record(self, attempt: Attempt, result: dict[str, Any], classifier: torch.nn.Module) -> None:
+        """Save the model, record the trial, and only then let go of models that are no longer among the best."""
+        cell = attempt.cell
+        start = groups_by_start(self._assignment.cells[cell.task_name])[cell.initialization]
+        models = KeptModels(self._assignment.output_dir, start)
+        scores = {other: trial["score"] for other, trial in self._store.results(cell.task_name).items()}
+        scores[cell] = result["score"]
+        is_kept = self._assignment.keep_models and cell.initialization != "random"
+        if is_kept:
+            try:
+                models.keep(cell, scores, classifier, self._tokenizer)
+            except OSError as error:
+                _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
+        facts = {"attempt": attempt.attempt, "worker": self._assignment.name, "versions": self._versions}
+        finished_at = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._store.finish(attempt, {**result, **facts, "finished_at": finished_at}) and is_kept:
+            models.prune(scores)
+
+    def _data_of(self, task_name: str) -> dict[str, DeviceSplit]:
+        if task_name not in self._data:
+            folders = self._assignment.split_folders[task_name]
+            splits = {split: DeviceSplit(load_tokens(folder), self._device) for split, folder in folders.items()}
+            self._data[task_name] = splits
+        return self._data[task_name]
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _end_with_parent() -> None:
+class MnliStart:
+    """Where trials that start from MNLI's tuned model find it, once MNLI's own trials are all finished."""
+
+    def __init__(self, store: TrialStore, output_dir: Path, cells: Mapping[str, list[Cell]]) -> None:
+        self._store = store
+        self._task_names = [name for name, task_cells in cells.items() if "mnli" in groups_by_start(task_cells)]
+        start = groups_by_start(cells[MNLI])["pretrained"] if self._task_names else []
+        self._models = KeptModels(output_dir, start)
+        self._encoder: Encoder | None = None
+
+    def folder(self) -> Path | None:
+        """The median seed's model of MNLI's best configuration; None while it isn't known or isn't here."""
+        scores = {cell: trial["score"] for cell, trial in self._store.results(MNLI).items()}
+        folder = self._models.median_model(scores)
+        return folder if folder is not None and folder.is_dir() else None
+
+    def encoder(self) -> Encoder:
+        """Its weights, read once."""
+        if self._encoder is None:
+            self._encoder = Encoder(self.folder())
+        return self._encoder
+
+    def is_ready(self) -> bool:
+        """Whether trials can start from it, here and now."""
+        return bool(self._task_names) and (self._encoder is not None or self.folder() is not None)
+
+    def is_awaited(self) -> bool:
+        """Whether trials wait for trials of MNLI that wait or run themselves."""
+        if not any(attempt.cell.initialization == "mnli" for attempt in self._store.waiting(self._task_names)):
+            return False
+        return bool(self._store.waiting([MNLI]) or self._store.running([MNLI]))
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return str(error) if isinstance(error, TrialFailure) else f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def end_with_parent() -> None:
     """End this process when its parent ends, even by SIGKILL, so that no orphan goes on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
     parent = multiprocessing.parent_process()

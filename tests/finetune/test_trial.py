@@ -1,17 +1,21 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from finetune.data import TokenizedTask, load_tokenized, read_task, tokenize_task
+from finetune.batches import DeviceSplit
+from finetune.examples import Examples, read_task
 from finetune.model import Encoder
-from finetune.tasks import TASKS
-from finetune.trial import Cell, Protocol, TrialFailure, _parameter_groups, run_trial
+from finetune.tasks import TASKS, Task
+from finetune.tokens import load_tokens, tokenize_split
+from finetune.trial import Cell, Protocol, TrialFailure, decide, parameter_groups, predict, run_trial
 
 CPU = torch.device("cpu")
-PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06)
+PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06, precision="fp32")
+Tasks = dict[str, dict[str, DeviceSplit]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,29 +27,34 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def tasks(glue_dir: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenizedTask]:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    folders = {name: tmp_path_factory.mktemp("cache") / name for name in ("sst2", "stsb")}
-    for name, folder in folders.items():
-        tokenize_task(read_task(TASKS[name], glue_dir), tokenizer, 32, folder)
-    return {name: load_tokenized(folder) for name, folder in folders.items()}
+def tasks(glue_dir: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
+    tokenizer, cache = AutoTokenizer.from_pretrained(model_folder), tmp_path_factory.mktemp("cache")
+
+    def tokens(task: Task, examples: Examples) -> DeviceSplit:
+        return DeviceSplit(load_tokens(tokenize_split(examples, task, tokenizer, "words", 32, cache)), CPU)
+
+    return {
+        name: {split: tokens(TASKS[name], examples) for split, examples in read_task(TASKS[name], glue_dir).items()}
+        for name in ("sst2", "stsb")
+    }
 
 
 def cell(task_name: str = "sst2", seed: int = 1, num_epochs: int = 2, initialization="pretrained") -> Cell:
     return Cell(task_name, 3e-3, 8, num_epochs, initialization, seed)
 
 
-def run(cell: Cell, tasks: dict[str, TokenizedTask], folder: Path) -> dict:
-    return run_trial(cell, PROTOCOL, Encoder(folder), tasks[cell.task_name], CPU)
+def train(cell: Cell, tasks: Tasks, encoder: Encoder, protocol: Protocol = PROTOCOL) -> tuple[dict, PreTrainedModel]:
+    return run_trial(TASKS[cell.task_name], cell, protocol, encoder, tasks[cell.task_name], CPU)
+
+
+def run(cell: Cell, tasks: Tasks, folder: Path, protocol: Protocol = PROTOCOL) -> dict:
+    return train(cell, tasks, Encoder(folder), protocol)[0]
 
 
 @pytest.mark.parametrize("initialization", ["pretrained", "random"])
 def test_the_same_cell_gives_the_same_figures_and_another_seed_others(initialization, tasks, model_folder: Path):
     encoder = Encoder(model_folder)
-    epochs = [
-        run_trial(cell(seed=seed, initialization=initialization), PROTOCOL, encoder, tasks["sst2"], CPU)["epochs"]
-        for seed in (1, 2, 1)
-    ]
+    epochs = [train(cell(seed=seed, initialization=initialization), tasks, encoder)[0]["epochs"] for seed in (1, 2, 1)]
     assert epochs[0] == epochs[2]
     assert epochs[0] != epochs[1]
 
@@ -66,7 +75,25 @@ def test_the_last_epochs_score_counts_and_each_epoch_is_recorded(tasks, model_fo
     assert [epoch["epoch"] for epoch in result["epochs"]] == [1, 2]
     assert result["epochs"][0].keys() == {"epoch", "train_loss", "eval_loss", "metrics"}
     assert result["score"] == result["epochs"][1]["metrics"]["dev"]["accuracy"]
-    assert result.keys() == {"score", "epochs", "seconds", "rows_per_second", "device"}
+    assert result["score_epoch_index"] == 1
+
+
+def test_the_best_epoch_counts_if_the_protocol_says_so_and_the_model_is_that_epochs(tasks, model_folder: Path):
+    encoder, many = Encoder(model_folder), cell(num_epochs=8)
+    result, classifier = train(many, tasks, encoder, replace(PROTOCOL, score_epoch="best"))
+    scores = [epoch["metrics"]["dev"]["accuracy"] for epoch in result["epochs"]]
+    assert result["score"] == max(scores)
+    assert result["score_epoch_index"] == scores.index(max(scores)) < 7, "an earlier epoch must be the best for this"
+    assert result["epochs"] == train(many, tasks, encoder)[0]["epochs"], "what is trained is the same"
+    logits, labels = predict(classifier, tasks["sst2"]["dev"], PROTOCOL)
+    assert (decide(TASKS["sst2"], logits) == labels.numpy()).mean() == max(scores)
+
+
+def test_half_precision_learns_too_and_keeps_float32_weights(tasks, model_folder: Path):
+    result, classifier = train(cell(num_epochs=10), tasks, Encoder(model_folder), replace(PROTOCOL, precision="bf16"))
+    assert result["score"] >= 0.9
+    assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32}
+    assert result["epochs"] != run(cell(num_epochs=10), tasks, model_folder)["epochs"]
 
 
 def test_pretrained_starts_from_the_folders_weights_and_random_from_none_of_them(model_folder: Path):
@@ -91,7 +118,7 @@ def test_the_seed_draws_the_head_and_training_leaves_the_pretrained_weights_alon
         return [weights["classifier.weight"], weights["bert.embeddings.word_embeddings.weight"]]
 
     head, embeddings = head_and_embeddings(1)
-    run_trial(cell(), PROTOCOL, encoder, tasks["sst2"], CPU)
+    train(cell(), tasks, encoder)
     assert not torch.equal(head_and_embeddings(2)[0], head)
     assert all(torch.equal(*pair) for pair in zip(head_and_embeddings(1), (head, embeddings), strict=True))
 
@@ -100,7 +127,7 @@ def test_biases_and_layer_norms_do_not_decay(model_folder: Path):
     classifier = Encoder(model_folder).new_classifier(TASKS["sst2"], "random", CPU)
     decays = {
         id(parameter): group["weight_decay"]
-        for group in _parameter_groups(classifier, 0.1)
+        for group in parameter_groups(classifier, 0.1)
         for parameter in group["params"]
     }
     for name, parameter in classifier.named_parameters():
