@@ -62,14 +62,18 @@ def read_task(task: Task, glue_dir: Path | None) -> dict[str, Examples]:
             A user's own task does not look at it.
 
     Raises:
-        UserError: a file, column, text or label is missing or wrong, the hub cannot be reached, or an evaluation split
-            has the rows of the training split.
+        UserError: a file, column, text or label is missing or wrong, the hub cannot be reached, or the training split
+            and an evaluation split are the same rows, or one is part of the other.
     """
     require_files([(task, split) for split in task.splits], glue_dir)
     data = {split: read_split(task, split, glue_dir) for split in task.splits}
+    rows = {split: set(zip(*examples.sentences, strict=True)) for split, examples in data.items()}
     for split in task.evaluation_splits:
-        if data[split].sentences == data["train"].sentences:
-            raise UserError(f"{task.title}: {split} has the same rows as train: a score on them would mean nothing")
+        if rows[split] <= rows["train"] or rows["train"] <= rows[split]:
+            whole, part = ("train", split) if rows[split] <= rows["train"] else (split, "train")
+            raise UserError(
+                f"{task.title}: all rows of {part} are in {whole} too: a score on {split} would mean nothing"
+            )
     return data
 
 
@@ -153,7 +157,7 @@ def _file_table(task: Task, path: Path, is_test: bool) -> _Table:
         return _json_table(path)
     if path.suffix == ".csv":
         return _text_table(path, _csv_rows(path), None, skip_broken)
-    return _text_table(path, _tsv_rows(path), None if is_test else task.columns_without_header, skip_broken)
+    return _text_table(path, _tsv_rows(path), task.columns_without_header, skip_broken)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -194,7 +198,7 @@ def _text_table(
 ) -> _Table:
     header_number, header = next(rows, (1, []))
     columns = tuple(header)
-    if columns_without_header and columns_without_header[-1] not in header:  # else someone has added a header
+    if columns_without_header and columns_without_header[-1] not in header:  # else it has a header, as a test file
         rows, columns = itertools.chain([(header_number, header)] if header else [], rows), columns_without_header
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -205,11 +205,25 @@ def test_all_missing_files_are_named_in_one_line(tmp_path: Path):
     assert str(refusal.value).startswith(f"{names} do not exist: needed for mnli, rte;")
 
 
-def test_a_development_set_that_is_the_training_set_is_refused(tmp_path: Path):
-    for split in TASKS["rte"].splits:
-        glue_file(tmp_path, TASKS["rte"], split, layout_text("rte"))
-    with pytest.raises(UserError, match="RTE: dev has the same rows as train"):
-        read_task(TASKS["rte"], tmp_path)
+@pytest.mark.parametrize(
+    ("train", "dev", "told"),
+    [
+        ("ab", "ab", "all rows of dev are in train"),
+        ("abc", "ba", "all rows of dev are in train"),
+        ("ab", "cab", "all rows of train are in dev"),
+    ],
+)
+def test_training_on_what_is_scored_is_refused(train: str, dev: str, told: str, tmp_path: Path):
+    for split, texts in (("train", train), ("dev", dev)):
+        glue_file(tmp_path, TASKS["sst2"], split, "sentence\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
+    with pytest.raises(UserError, match=f"^SST-2: {told} too: a score on dev would mean nothing$"):
+        read_task(TASKS["sst2"], tmp_path)
+
+
+def test_some_rows_in_both_sets_are_no_trouble(tmp_path: Path):
+    for split, texts in (("train", "ab"), ("dev", "bc")):
+        glue_file(tmp_path, TASKS["sst2"], split, "sentence\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
+    assert read_task(TASKS["sst2"], tmp_path)["dev"].sentences == (["b", "c"],)
 
 
 def hub_rows(task: Task, label: int | float) -> datasets.Dataset:
@@ -287,6 +301,7 @@ def test_a_checksum_follows_texts_labels_and_splits():
         Examples((["a", "b", "c", "d"],), [0, 1]),
     ]
     assert len({each.sha256 for each in (examples, *others)}) == 5
+    assert Examples((["a"] * 1000, ["b"] * 1000), None).sha256 != Examples((["a"] * 1000 + ["b"] * 1000,), None).sha256
     assert data_sha256({"train": examples, "dev": others[0]}) != data_sha256({"train": others[0], "dev": examples})
 
 
