@@ -10,7 +10,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES)
 
-.PHONY: setup demo real test test-slow lint bench-data bench-step bench-budget bench-kills bench-gpu clean
+.PHONY: setup demo real test test-slow lint bench-data bench-step bench-glue bench-budget bench-kills bench-gpu clean
 
 setup: .venv/ready
 
@@ -64,6 +64,11 @@ bench-data: setup
 # The training step against Hugging Face's on a CPU.
 bench-step: setup
 	$(BIN)/python benchmarks/pretrain_step.py --data $(DATA)
+
+# Fine-tuning on a CPU against Hugging Face's Trainer (an hour; give it an idle machine). MODEL is a Hugging Face folder;
+# without one there are speeds only.
+bench-glue: setup
+	$(BIN)/python benchmarks/glue_trial.py --data $(DATA) $(if $(MODEL),--model $(MODEL))
 
 # What the clock costs and how exactly runs end with it (half an hour); runs that are killed (ten minutes).
 bench-budget: setup

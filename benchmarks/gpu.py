@@ -68,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30, help="time for everything")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: all")
     parser.add_argument("--data", type=Path, help="a folder of `python -m data_prep build`, sequences of 128")
+    parser.add_argument("--glue", type=Path, help="folder with CoLA/ and RTE/; default: the demo's synthetic tasks")
+    parser.add_argument("--glue-model", type=Path, help="what is fine-tuned; default: the model of the section 'run'")
     parser.add_argument("--self-check", action="store_true", help="everything tiny, on a CPU")
     parser.add_argument("--record", action="store_true", help="keep the figures in benchmarks/results/<device>/")
     arguments = parser.parse_args()
@@ -94,7 +96,7 @@ def measure(arguments: argparse.Namespace, folder: Path, environment: dict[str, 
     if arguments.self_check:
         torch.set_num_threads(1)
         torch.compiler.set_stance("force_eager")
-    benchmark = GpuBenchmark(scale, bench, arguments.data, folder, environment)
+    benchmark = GpuBenchmark(scale, bench, arguments.data, folder, environment, arguments.glue, arguments.glue_model)
     with torch._dynamo.config.patch(recompile_limit=64):  # several sides share the code of one model
         figures = description(hardware) | benchmark.run(arguments.sections)
     stop_processes()

@@ -1,5 +1,8 @@
 """The parts of the GPU benchmark, the most important first, each of which adds its figures to one record."""
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from benchmarks.gpu_sides import (
 )
 from benchmarks.gpu_speed import Bench, Cell, InTurns, by_micro_batch_size, fastest_micro_batch_size
 from benchmarks.gpu_timing import release_memory
+from common.errors import UserError
 from data_prep.shards import Manifest, read_manifest
 from pretrain.architecture import ModelConfig
 
@@ -84,16 +88,27 @@ class GpuBenchmark:
         data: a data folder; None: one is made of generated text where one is needed.
         folder: an empty one to work in.
         environment: of processes that are started, without anything that a launcher has set.
+        glue: folder with CoLA/ and RTE/; None: the demo's tasks.
+        glue_model: what is fine-tuned; None: the model of the section ``run``.
     """
 
     def __init__(
-        self, scale: Scale, bench: Bench, data: Path | None, folder: Path, environment: Mapping[str, str]
+        self,
+        scale: Scale,
+        bench: Bench,
+        data: Path | None,
+        folder: Path,
+        environment: Mapping[str, str],
+        glue: Path | None,
+        glue_model: Path | None,
     ) -> None:
         self._scale = scale
         self._bench = bench
         self._data = data
         self._folder = folder
         self._environment = environment
+        self._glue = glue
+        self._glue_model = glue_model
         self.figures: dict[str, Any] = {"checks": [], "speeds": [], "section_seconds": {}}
 
     def run(self, names: list[str]) -> dict[str, Any]:
@@ -181,6 +196,18 @@ class GpuBenchmark:
         self.figures |= figures
         self.figures["checks"] += checks
 
+    def grid(self) -> None:
+        """Fine-tuning, in a process of its own: trials an hour, and what the run's model scores."""
+        model = self._glue_model or self._folder / "run" / "run" / "hf"
+        if not model.is_dir():
+            raise UserError("no model to fine-tune: give --glue-model, or let the section 'run' make one")
+        command = [sys.executable, "benchmarks/gpu_grid.py", "--model", str(model.resolve())]
+        command += ["--glue", str(self._glue.resolve())] if self._glue else []
+        command += ["--self-check"] if self._scale is SELF_CHECK else []
+        options = {"cwd": Path(__file__).parent.parent, "env": self._environment, "stdout": subprocess.PIPE}
+        done = subprocess.run(command, check=True, text=True, **options)
+        self.figures |= json.loads(done.stdout.splitlines()[-1])
+
     def _keep(self, turns: InTurns, size: str, ratios: dict[str, float | None]) -> None:
         self.figures["speeds"] += turns.records()
         self.figures |= {f"{name}_{size}": ratio for name, ratio in ratios.items() if ratio is not None}
@@ -213,6 +240,7 @@ SECTIONS = {
     "profile": Section(90, lambda benchmark: benchmark.profile("large")),
     "engines": Section(180, lambda benchmark: benchmark.engines("large")),
     "run": Section(480, GpuBenchmark.whole_run),
+    "grid": Section(300, GpuBenchmark.grid),
     "waiting": Section(120, lambda benchmark: benchmark.waiting("large")),
     "heads": Section(20, lambda benchmark: benchmark.heads("large")),
     "micro_batches": Section(120, lambda benchmark: benchmark.micro_batches("large")),
