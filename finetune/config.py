@@ -102,8 +102,8 @@ class GridConfig:
                 raise ValueError(f"grids[{index}].tasks is empty")
         own_names = [task.task_name for task in self.own_tasks]
         for name in own_names:
-            if name in TASKS or own_names.count(name) > 1:
-                raise ValueError(f"own_tasks: there is another task '{name}' already: give yours another task_name")
+            if own_names.count(name) > 1:
+                raise ValueError(f"own_tasks has more than one task '{name}': give one another task_name")
         for name in self.task_names:
             if name not in self.tasks:
                 raise ValueError(f"there is no task '{name}'; there are: {' '.join([*TASKS, *own_names])}")

@@ -1,52 +1,21 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
+from transformers import pipeline
 
 import finetune.__main__ as finetune_commands
 from common.cli import config_parser, parse, run, take_config
 from common.folders import only_writer
-from finetune.grid import GridConfig
-from finetune.study import TrialStore
+from finetune.config import GridConfig
 from run_glue_grid import main
+from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, outcome, write_config
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = {
-    "seeds": [1, 2],
-    "max_seq_length": 32,
-    "grids": [{"tasks": ["sst2", "stsb"], "learning_rate": [3e-3], "batch_size": [8], "num_epochs": [6]}],
-    "random_baseline": True,
-    "num_workers": 2,
-}
-NUM_TRIALS = 2 * 2 * 2
-
-
-def write_config(folder: Path, **changes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, **changes}))
-    return path
-
-
-def arguments(config: Path, model: Path, output_dir: Path, glue_dir: Path, *more: str) -> list[str]:
-    folders = ["--model", str(model), "--output_dir", str(output_dir), "--glue_dir", str(glue_dir)]
-    return ["--config", str(config), *folders, *more]
-
-
-def outcome(output_dir: Path) -> dict:
-    """What a grid found out, without how long it took."""
-    results = json.loads((output_dir / "results.json").read_text())
-    for trial in results["trials"]:
-        del trial["seconds"], trial["rows_per_second"]
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +45,21 @@ def test_every_cell_is_run_once_and_reported(finished: list[str]):
     assert results["tasks"]["sst2"]["metric"] == "accuracy"
     assert "random_baseline" in results["tasks"]["stsb"]
     assert {path.name for path in output_of(finished).iterdir()} >= {"report.md", "report.html", "scores.png"}
+
+
+def test_the_models_of_the_best_configuration_score_what_the_table_says(finished: list[str], glue_dir: Path):
+    output_dir = output_of(finished)
+    summary = outcome(output_dir)["tasks"]["sst2"]
+    folders = sorted((output_dir / "models" / "sst2").glob("*/*"))
+    assert [folder.name for folder in folders] == ["seed-1", "seed-2"], (
+        "of one configuration, and not of random weights"
+    )
+    assert f"lr{summary['best']['learning_rate']}-" in folders[0].parent.name
+    rows = [line.split("\t") for line in (glue_dir / "SST-2" / "dev.tsv").read_text().splitlines()[1:]]
+    for folder, score in zip(folders, summary["scores"], strict=True):
+        classify = pipeline("text-classification", model=str(folder), tokenizer=str(folder))
+        right = [classify(text)[0]["label"] == label for text, label in rows]
+        assert sum(right) / len(right) == pytest.approx(score)
 
 
 def test_a_finished_grid_runs_nothing_again_with_any_number_of_workers(finished: list[str]):
@@ -125,6 +109,17 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+OWN_TASK = {
+    "task_name": "reviews",
+    "train": "train.csv",
+    "dev": "dev.csv",
+    "sentence_columns": ["text"],
+    "label_column": "stars",
+    "metrics": ["accuracy"],
+    "labels": [1, 2],
+}
 
 
 def _remove_weights(model: Path, glue: Path) -> None:
@@ -182,7 +177,21 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path, Path], None], dict, list[str], str
     "task twice": (_nothing, one_grid(tasks=["sst2", "sst2"]), [], "sst2 is in the grids more than once"),
     "task outside the grid": (_nothing, {}, ["--tasks", "rte"], "'rte', which is not in the grid"),
     "too long for the model": (_nothing, {"max_seq_length": 128}, [], "positions for 64 tokens"),
-    "not available": (_nothing, {"mnli_init": True}, [], "mnli_init"),
+    "mnli_init without mnli": (_nothing, {"mnli_init": True}, [], "mnli is in no grid"),
+    "mnli_init without models": (
+        _nothing,
+        {"mnli_init": "both", "keep_models": False, **one_grid(tasks=["mnli", "rte"])},
+        [],
+        "keep_models: false throws away",
+    ),
+    "rows of no task": (_nothing, {"max_train_rows": {"rte": 5}}, [], "max_train_rows has 'rte: 5'"),
+    "fp16 without a GPU": (_nothing, {"precision": "fp16"}, [], "fp16 needs a GPU"),
+    "two own tasks of one name": (
+        _nothing,
+        {"own_tasks": [OWN_TASK, OWN_TASK]},
+        [],
+        "more than one task 'reviews'",
+    ),
 }
 
 
@@ -217,57 +226,3 @@ def test_the_configurations_in_the_repository_are_valid(path: Path):
     assert len(config.seeds) == 5
     if path.name == "paper.yaml":
         assert num_trials == 6 * 24 * 5 + 3 * 4 * 5
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
-def test_a_killed_grid_continues_where_it_was_and_ends_in_the_same_table(
-    finished: list[str], model_folder: Path, glue_dir: Path, tmp_path: Path
-):
-    output_dir = tmp_path / "G"
-    argv = arguments(write_config(tmp_path), model_folder, output_dir, glue_dir)
-
-    def kill_when_finished(num_finished: int) -> list[int]:
-        """Start the grid, kill its coordinator when so many trials are recorded, and return its children."""
-        command = [sys.executable, str(REPOSITORY / "run_glue_grid.py"), *argv]
-        with (tmp_path / "log").open("a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=REPOSITORY)
-        wait_until(lambda: process.poll() is not None or num_done() >= num_finished, 90, "trials")
-        assert process.poll() is None, "the grid ended before it could be killed"
-        pids = children(process.pid)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        return pids
-
-    def num_done() -> int:
-        return store().num_trials(["sst2", "stsb"])[0] if (output_dir / "cache").exists() else 0
-
-    def store() -> TrialStore:
-        return TrialStore(f"sqlite:///{output_dir / 'trials.db'}", tmp_path / "claim.lock")
-
-    orphans = kill_when_finished(3)
-    assert orphans
-    wait_until(lambda: not any(map(is_running, orphans)), 10, "the workers to end with their parent")
-    recorded = {cell: result for name in ("sst2", "stsb") for cell, result in store().results(name).items()}
-    assert 3 <= len(recorded) < NUM_TRIALS
-    main(argv)
-    assert outcome(output_dir) == outcome(output_of(finished))
-    after = {cell: result for name in ("sst2", "stsb") for cell, result in store().results(name).items()}
-    assert {cell: after[cell] for cell in recorded} == recorded, "with the seconds that each took: none ran again"
