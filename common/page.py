@@ -3,11 +3,14 @@
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from common.folders import atomic_path, write_text
 
@@ -18,39 +21,85 @@ if TYPE_CHECKING:  # pages without plots do without matplotlib
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 
+PANEL_WIDTH = 4.0
+"""Inches: a panel is as wide as a phone, three stand side by side on a desktop."""
+
+_PANEL_DPI = 180
+_PANELS_PER_ROW = 3
+_LONG_CELL = 40  # characters; a longer cell is wrapped
+_FIGURE = re.compile(r"[-+]?\d|-$")
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .9rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
+       padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+p, ul, figcaption { max-width: 46rem; } ul { padding-left: 1.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; font-size: .92rem; font-variant-numeric: tabular-nums;
+        overflow-wrap: break-word; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; } th span { white-space: nowrap; }
+td.long:not(:first-child) { white-space: normal; min-width: 16rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 4rem; max-width: 11rem;
+                                 position: sticky; left: 0; background: #fff; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
+.panels { display: flex; flex-wrap: wrap; gap: .8rem 1rem; align-items: flex-start; }
+.panels img { width: 22rem; } .panels + figcaption { margin-top: .6rem; }
 """
+_STYLE += "".join(f".text-{place} :is(th, td):nth-child({place}) {{ text-align: left; }}\n" for place in range(2, 21))
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure that the page embeds and that lies beside it as ``<name>.png``."""
+    """A figure, or several panels, that the page embeds and that lie beside it as one image, ``<name>.png``."""
 
     name: str
     heading: str
-    figure: "Figure"
+    figure: "Figure | Mapping[str, Figure]"
+    """Panels, by what each shows, are :data:`PANEL_WIDTH` wide; the page lays them out as its width allows."""
     caption: str
-    """Its alternative text too."""
+    """A single figure's alternative text too."""
 
     @cached_property
+    def images(self) -> dict[str, bytes]:
+        """What the page embeds: alternative text to image (PNG)."""
+        if isinstance(self.figure, Mapping):
+            return {f"{self.heading}: {title}": _png(panel, _PANEL_DPI) for title, panel in self.figure.items()}
+        return {self.caption: _png(self.figure, 144, bbox_inches="tight")}
+
+    @property
     def png(self) -> bytes:
-        """The image."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
-        return buffer.getvalue()
+        """All of it as one image."""
+        images = list(self.images.values())
+        return images[0] if len(images) == 1 else _side_by_side(images)
 
     @property
     def file_name(self) -> str:
         """Of the image beside the page."""
         return f"{self.name}.png"
+
+
+def _png(figure: "Figure", dpi: int, **options: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, **options)
+    return buffer.getvalue()
+
+
+def _side_by_side(images: Sequence[bytes]) -> bytes:
+    """Images of the same width as one, in rows from left to right on white."""
+    from matplotlib.image import imread, imsave  # pages without plots do without
+
+    arrays = [imread(io.BytesIO(image)) for image in images]
+    rows = [arrays[start : start + _PANELS_PER_ROW] for start in range(0, len(arrays), _PANELS_PER_ROW)]
+    height, width = sum(max(len(array) for array in row) for row in rows), arrays[0].shape[1]
+    canvas = np.ones((height, width * len(rows[0]), arrays[0].shape[2]), dtype=arrays[0].dtype)
+    top = 0
+    for row in rows:
+        for column, array in enumerate(row):
+            canvas[top : top + len(array), width * column : width * (column + 1)] = array
+        top += max(len(array) for array in row)
+    buffer = io.BytesIO()
+    imsave(buffer, canvas, format="png")
+    return buffer.getvalue()
 
 
 class Page:
@@ -68,32 +117,57 @@ class Page:
         """Plain text, escaped."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """A list of names and what there is to say of each."""
+        items = "".join(
+            f"<li><strong>{html.escape(name)}:</strong> {html.escape(text)}</li>" for name, text in facts.items()
+        )
+        self._parts.append(f"<ul>{items}</ul>")
+
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of strings; the first column is the row's name."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        """A table of strings; the first column is the row's name. Columns without figures are set to the left."""
+        texts = [
+            f"text-{place}"
+            for place, column in enumerate(zip(*rows, strict=True), start=1)
+            if not any(_FIGURE.match(cell) for cell in column)
+        ]
+        head = "".join(f"<th>{_unbroken(html.escape(cell))}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in rows)
         self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="scroll"><table class="{" ".join(texts)}"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
         )
 
     def plot(self, plot: Plot) -> None:
         """A figure under its heading, embedded."""
         self.heading(plot.heading)
-        data = base64.b64encode(plot.png).decode("ascii")
-        caption = html.escape(plot.caption)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        self._parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        images = "".join(
+            f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+            for text, png in plot.images.items()
+        )
+        if isinstance(plot.figure, Mapping):
+            images = f'<div class="panels">{images}</div>'
+        self._parts.append(f"<figure>{images}<figcaption>{html.escape(plot.caption)}</figcaption></figure>")
 
-    def write(self, path: Path) -> None:
-        """Write the page, whole or not at all."""
-        write_text(
-            path,
+    @property
+    def text(self) -> str:
+        """The whole file."""
+        return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
             + "\n".join(self._parts)
-            + "\n</body></html>\n",
+            + "\n</body></html>\n"
         )
+
+
+def _html_cell(cell: str) -> str:
+    return f"<td{' class=long' if len(cell) > _LONG_CELL else ''}>{html.escape(cell)}</td>"
+
+
+def _unbroken(text: str) -> str:
+    """A header's words may stand under each other, but "SST-2" is one word."""
+    return " ".join(f"<span>{word}</span>" if "-" in word else word for word in text.split(" "))
 
 
 class MarkdownPage:
@@ -110,6 +184,10 @@ class MarkdownPage:
         """Plain text."""
         self._parts.append(text)
 
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """A list of names and what there is to say of each."""
+        self._parts.append("\n".join(f"- **{name}:** {text}" for name, text in facts.items()))
+
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of strings; the first column is the row's name."""
         self._parts.append(markdown_table(header, rows))
@@ -119,9 +197,10 @@ class MarkdownPage:
         self.heading(plot.heading)
         self._parts.append(f"![{plot.caption}]({plot.file_name})")
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        write_text(path, "\n\n".join(self._parts) + "\n")
+    @property
+    def text(self) -> str:
+        """The whole file."""
+        return "\n\n".join(self._parts) + "\n"
 
 
 Document = Page | MarkdownPage
@@ -134,7 +213,7 @@ def write_documents(folder: Path, title: str, plots: Sequence[Plot], fill: Calla
             temporary.write_bytes(plot.png)
     for document, file_name in ((Page(title), HTML_FILE), (MarkdownPage(title), MARKDOWN_FILE)):
         fill(document)
-        document.write(folder / file_name)
+        write_text(folder / file_name, document.text)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

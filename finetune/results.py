@@ -1,92 +1,163 @@
-"""From recorded trials to ``results.json``: medians over seeds, the best configuration, the gain of pretraining."""
+"""From recorded trials to ``results.json``: medians over seeds, the best configuration, averages, what is missing."""
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from common.errors import UserError
-from finetune.study import TrialStore
-from finetune.tasks import TASKS, benchmark_title
+from finetune.tasks import Task, benchmark_title
 from finetune.trial import Cell
 
 Results = dict[str, Any]
 
 
-def collect_results(store: TrialStore, cells: Mapping[str, Sequence[Cell]]) -> Results:
-    """The content of ``results.json``, from the storage alone.
+class Column(NamedTuple):
+    """A column of a score table: one evaluation split of one task."""
+
+    title: str
+    task_name: str
+    split: str
+
+
+# The columns of Table 3 of "How to Train BERT with an Academic Budget", whose mean is its average.
+AVERAGED_COLUMNS: Final = (
+    Column("MNLI-m", "mnli", "dev_matched"),
+    Column("MNLI-mm", "mnli", "dev_mismatched"),
+    Column("QNLI", "qnli", "dev"),
+    Column("QQP", "qqp", "dev"),
+    Column("RTE", "rte", "dev"),
+    Column("SST-2", "sst2", "dev"),
+    Column("MRPC", "mrpc", "dev"),
+    Column("CoLA", "cola", "dev"),
+    Column("STS-B", "stsb", "dev"),
+)
+MNLI_STARTED: Final = ("rte", "mrpc", "stsb")
+_STARTS: Final = ("pretrained", "mnli")  # the first that a task has is what its summary is about
+# Accuracy of always giving the majority's answer: 40 of 71 development rows; on the test server.
+_MAJORITY: Final = {"wnli": {"dev": 40 / 71, "test": 0.651}}
+
+
+def make_results(
+    tasks: Mapping[str, Task],
+    facts: Mapping[str, Any],
+    cells: Mapping[str, Sequence[Cell]],
+    trials: Mapping[Cell, dict[str, Any]],
+    failures: Sequence[tuple[Cell, str]],
+) -> Results:
+    """The content of ``results.json``; all scores are fractions.
 
     Args:
-        store: the trials.
-        cells: the grid of each task; only tasks that have a study are reported.
+        tasks: the tasks by name, at least those of ``cells``.
+        facts: ``model``, ``model_sha256``, ``mnli_init`` (false, true or "both"), ``protocol``, ``rows`` (a count for
+            each split of each task) and ``tokens_per_row`` (a mean for each task).
+        cells: the grid of each task that is reported.
+        trials: the results of the finished cells.
+        failures: the attempts that failed, with their cause.
 
     Returns:
-        ``tasks`` (those with all their trials), ``trials`` (all finished ones), ``failures`` (attempts with their
-        cause), ``missing`` (cells without a result, and why), ``benchmark`` and ``model``. Scores are fractions.
-
-    Raises:
-        UserError: no task has a study.
+        ``benchmark``, ``model``, ``model_sha256``, ``mnli_init``, ``protocol`` and ``seeds`` of the grid;
+        ``task_facts``, what the report needs to know of each task; ``tasks``, the summary of each task that has *all*
+        its trials; ``averages``, as the paper forms them, without and with RTE, MRPC and STS-B started from MNLI, None
+        where a task is missing; ``missing`` (cells without a result, and why), ``failures`` and ``trials``.
     """
-    started = [name for name in cells if name in store.task_names()]
-    if not started:
-        raise UserError("no trial has been recorded: run run_glue_grid.py first")
-    grid = [cell for name in started for cell in cells[name]]
-    trials = {cell: result for name in started for cell, result in store.results(name).items()}
-    failures = [failure for name in started for failure in store.failures(name)]
+    grid = [cell for task_cells in cells.values() for cell in task_cells]
     causes = dict(failures)
-    summaries = {name: _task_summary(store, name, cells[name], trials) for name in started}
+    complete = {name: task_cells for name, task_cells in cells.items() if all(cell in trials for cell in task_cells)}
+    summaries = {name: _task_summary(tasks[name], task_cells, trials) for name, task_cells in complete.items()}
     return {
-        "benchmark": benchmark_title(started),
-        "model": store.facts(started[0])["model"],
+        "benchmark": benchmark_title(cells),
+        **{name: facts[name] for name in ("model", "model_sha256", "mnli_init", "protocol")},
         "seeds": sorted({cell.seed for cell in grid}),
-        "tasks": {name: summary for name, summary in summaries.items() if summary is not None},
+        "task_facts": {name: _task_facts(tasks[name], facts) for name in cells},
+        "tasks": summaries,
+        "averages": {start: _average(summaries, start) for start in _STARTS},
         "missing": [{**asdict(cell), "cause": causes.get(cell, "not run")} for cell in grid if cell not in trials],
         "failures": [{**asdict(cell), "cause": cause, "succeeded_later": cell in trials} for cell, cause in failures],
         "trials": [{**asdict(cell), **trials[cell]} for cell in grid if cell in trials],
     }
 
 
-def _task_summary(
-    store: TrialStore, task_name: str, cells: Sequence[Cell], trials: Mapping[Cell, Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    scores = {cell: trial["score"] for cell, trial in trials.items()}
-    pretrained = summarize([cell for cell in cells if cell.initialization == "pretrained"], scores)
-    if pretrained is None:
-        return None
-    task = TASKS[task_name]
-    summary = {"synthetic": task.synthetic, "metric": task.selected_by, **pretrained}
-    baseline = summarize([cell for cell in cells if cell.initialization == "random"], scores)
-    if baseline is not None:
-        summary["random_baseline"] = baseline
-        summary["gain"] = _gain(pretrained, baseline)
-    return {**summary, "rows": _rows(task_name, store.facts(task_name)["rows"])}
-
-
-def summarize(cells: Iterable[Cell], scores: Mapping[Cell, float]) -> dict[str, Any] | None:
-    """The configuration with the highest median over its seeds; None where there is no cell or a cell has no score.
-
-    ``std`` is the sample standard deviation over the seeds. Of equal medians the first in the grid's order wins.
-    """
-    by_configuration: dict[tuple, list[float]] = defaultdict(list)
-    for cell in cells:
-        if cell not in scores:
-            return None
-        by_configuration[cell.learning_rate, cell.batch_size, cell.num_epochs].append(scores[cell])
-    if not by_configuration:
-        return None
-    best = max(by_configuration, key=lambda configuration: statistics.median(by_configuration[configuration]))
-    values = by_configuration[best]
-    return {
-        "best": dict(zip(("learning_rate", "batch_size", "num_epochs"), best, strict=True)),
-        "median": statistics.median(values),
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "max": max(values),
-        "min": min(values),
-        "scores": values,
-        "num_configurations": len(by_configuration),
+def _task_facts(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {
+        split: {"used": used, "official": task.official_rows.get(split)}
+        for split, used in facts["rows"][task.task_name].items()
     }
+    official_dev = all(rows[split]["used"] == rows[split]["official"] for split in task.evaluation_splits)
+    return {
+        "title": task.title,
+        "benchmark": benchmark_title([task.task_name]),
+        "metric": task.selected_by,
+        "metrics": list(task.metrics),
+        "labels": list(task.labels) if task.labels else None,
+        "synthetic": task.synthetic,
+        "is_glue": task.hub_config is not None,
+        "evaluation_splits": list(task.evaluation_splits),
+        "rows": rows,
+        "tokens_per_row": facts["tokens_per_row"][task.task_name],
+        "majority": _MAJORITY.get(task.task_name) if official_dev else None,
+    }
+
+
+def _task_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """Each start's summary; that of the first start on the top level too, and its gain over random weights."""
+    cells_of: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        cells_of[cell.initialization].append(cell)
+    starts = {start: _start_summary(task, cells_of[start], trials) for start in _STARTS if start in cells_of}
+    primary = next(iter(starts.values()))
+    summary = {**primary, "starts": starts}
+    if "random" in cells_of:
+        summary["random_baseline"] = _start_summary(task, cells_of["random"], trials)
+        summary["gain"] = _gain(primary, summary["random_baseline"])
+    return summary
+
+
+def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """The configuration with the highest median over its seeds, all of which have a result.
+
+    ``std`` is the sample standard deviation over the seeds; ``scores`` are in the order of the seeds; ``metrics`` and
+    ``metrics_std`` are of the epoch that scores. Of equal medians the first in the grid's order wins.
+    """
+    by_configuration: dict[tuple[float, int, int], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_configuration[cell.learning_rate, cell.batch_size, cell.num_epochs].append(cell)
+    medians = {
+        configuration: statistics.median(trials[cell]["score"] for cell in group)
+        for configuration, group in by_configuration.items()
+    }
+    best = max(medians, key=medians.__getitem__)
+    chosen = sorted(by_configuration[best], key=lambda cell: cell.seed)
+    scores = [trials[cell]["score"] for cell in chosen]
+    return {
+        "initialization": chosen[0].initialization,
+        "metric": task.selected_by,
+        "best": dict(zip(("learning_rate", "batch_size", "num_epochs"), best, strict=True)),
+        "median": statistics.median(scores),
+        "mean": statistics.fmean(scores),
+        "std": _deviation(scores),
+        "max": max(scores),
+        "min": min(scores),
+        "scores": scores,
+        "median_seed": chosen[scores.index(statistics.median_low(scores))].seed,
+        "metrics": _over_seeds(task, [trials[cell] for cell in chosen], statistics.median),
+        "metrics_std": _over_seeds(task, [trials[cell] for cell in chosen], _deviation),
+        "num_configurations": len(by_configuration),
+        "seconds": sum(trials[cell]["seconds"] for cell in cells),
+    }
+
+
+def _over_seeds(task: Task, trials: Sequence[Mapping[str, Any]], statistic) -> dict[str, dict[str, float]]:
+    """``statistic`` of every metric of every evaluation split, at the epoch that scores."""
+    metrics = [trial["epochs"][trial["score_epoch_index"]]["metrics"] for trial in trials]
+    return {
+        split: {name: statistic([values[split][name] for values in metrics]) for name in task.metrics}
+        for split in task.evaluation_splits
+    }
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _gain(pretrained: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +166,20 @@ def _gain(pretrained: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[st
     return {"median": difference, "above_scatter": difference > max(pretrained["std"], baseline["std"])}
 
 
-def _rows(task_name: str, used: Mapping[str, int]) -> dict[str, dict[str, int | None]]:
-    official = TASKS[task_name].official_rows
-    return {split: {"used": rows, "official": official.get(split)} for split, rows in used.items()}
+def _average(summaries: Mapping[str, Any], start: str) -> float | None:
+    """The mean of the averaged columns; ``start`` is that of the tasks that can start from MNLI."""
+    scores = [column_score(summaries, column, start) for column in AVERAGED_COLUMNS]
+    return None if None in scores else statistics.fmean(scores)
+
+
+def column_score(summaries: Mapping[str, Any], column: Column, start: str) -> float | None:
+    """The median of a column; None where its task is not complete or never had this start.
+
+    Args:
+        summaries: ``tasks`` of the results.
+        column: which.
+        start: "pretrained", or "mnli" where the tasks that can are to have started from MNLI's model.
+    """
+    wanted = start if column.task_name in MNLI_STARTED else "pretrained"
+    summary = summaries.get(column.task_name, {"starts": {}})["starts"].get(wanted)
+    return summary and summary["metrics"][column.split][summary["metric"]]

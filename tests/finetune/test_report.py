@@ -1,127 +1,288 @@
+"""The report: what it says, that it says it of the right figures, and that its page stands alone."""
+
+import itertools
 import json
+import math
 import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 
-from finetune.plots import scores_figure
-from finetune.report import write_report
-from finetune.results import Results, collect_results, summarize
-from finetune.study import TrialStore
+from common.page import MarkdownPage, Page
+from finetune.plots import curves_panels, grid_panels, rate_text, scores_panels
+from finetune.report import add_content, write_report
+from finetune.results import Results
+from finetune.score_tables import latex_row, score_tables
 from finetune.tasks import TASKS
 from finetune.trial import Cell
+from tests.finetune.made_results import (
+    PROTOCOL,
+    SCORES,
+    TABLE_3,
+    glue_results,
+    grid,
+    results_of,
+    table_trial,
+    trial,
+)
 
-# Three seeds; learning rate 2e-5 has the highest single score, 3e-5 the highest median.
-SCORES = {1e-5: (0.50, 0.52, 0.54), 2e-5: (0.10, 0.55, 0.99), 3e-5: (0.60, 0.58, 0.70)}
-
-
-def grid(task_name: str, initialization="pretrained") -> list[Cell]:
-    return [Cell(task_name, rate, 32, 3, initialization, seed) for rate in SCORES for seed in (1, 2, 3)]
-
-
-def score(cell: Cell, penalty: float = 0.0) -> float:
-    return SCORES[cell.learning_rate][cell.seed - 1] - (penalty if cell.initialization == "random" else 0.0)
-
-
-def make_results(folder: Path, task_names: list[str], penalty: float = 0.3, failing: int = 0) -> Results:
-    """Results of a grid with a random baseline ``penalty`` lower; the first ``failing`` trials fail twice."""
-    store = TrialStore(f"sqlite:///{folder / 'trials.db'}", folder / "claim.lock")
-    cells = {name: [*grid(name), *grid(name, "random")] for name in task_names}
-    for name in task_names:
-        store.open_study(name, {}, {"model": "run/hf", "rows": {"train": 4463, "dev": 277}})
-        store.enqueue_missing(name, cells[name])
-    failed = {cell for name in task_names for cell in cells[name][:failing]}
-    while claimed := store.claim(task_names, "worker 0"):
-        if claimed.cell in failed:
-            store.fail(claimed, "RuntimeError: out of <memory>")
-        else:
-            store.finish(claimed, {"score": score(claimed.cell, penalty), "epochs": []})
-    return collect_results(store, cells)
+BERT_BASE = TABLE_3["BERT-base"][:-1]
+VOID_TAGS = {"meta", "img", "br"}
 
 
-def report(folder: Path, results: Results) -> tuple[str, str]:
-    write_report(folder, results)
-    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+def markdown_of(results: Results) -> str:
+    document = MarkdownPage("title")
+    add_content(document, results)
+    return document.text
 
 
-def test_the_best_configuration_has_the_highest_median_not_the_highest_score():
-    cells = grid("rte")
-    summary = summarize(cells, {cell: score(cell) for cell in cells})
-    assert summary["best"] == {"learning_rate": 3e-5, "batch_size": 32, "num_epochs": 3}
-    assert (summary["median"], summary["max"], summary["min"]) == (0.60, 0.70, 0.58)
-    assert summary["mean"] == pytest.approx(1.88 / 3)
-    assert summary["std"] == pytest.approx(0.0642910050732864)  # of the sample: n - 1
-    assert summary["num_configurations"] == 3
+def tables_of(markdown: str) -> list[list[list[str]]]:
+    """Every table as rows of cells, the header first."""
+    tables = []
+    for text in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
+        tables.append([header, *rows])
+    return tables
 
 
-def test_a_missing_cell_leaves_no_median_even_in_another_configuration():
-    cells = grid("rte")
-    assert summarize(cells, {cell: score(cell) for cell in cells[1:]}) is None
-    assert summarize([], {}) is None
+def table_with(markdown: str, *columns: str) -> list[dict[str, str]]:
+    """The rows of the first table that has these columns."""
+    for header, *rows in tables_of(markdown):
+        if set(columns) <= set(header):
+            return [dict(zip(header, row, strict=True)) for row in rows]
+    raise AssertionError(f"no table has {columns}")
 
 
-def test_results_are_plain_json_with_every_trial(tmp_path: Path):
-    results = make_results(tmp_path, ["rte"])
-    assert json.loads(json.dumps(results)) == results
-    assert len(results["trials"]) == 18
-    assert results["missing"] == results["failures"] == []
-    assert results["tasks"]["rte"]["random_baseline"]["median"] == pytest.approx(0.3)
-    assert results["tasks"]["rte"]["rows"]["train"] == {"used": 4463, "official": 2490}
+def with_baseline(task_name: str, penalty: float = 0.3, **options: Any) -> Results:
+    cells = {task_name: grid(task_name) + grid(task_name, "random")}
+    trials = {cell: table_trial(cell, penalty) for cell in cells[task_name]}
+    return results_of(cells, trials, **options)
 
 
-def test_the_table_tells_medians_scatter_and_gain(tmp_path: Path):
-    markdown, page = report(tmp_path, make_results(tmp_path, ["rte"]))
-    for text in ("60.0 ± 6.4", "30.0 ± 6.4", "+30.0", "3 x 3", "4,463 of 2,490", "Not the official rows"):
-        assert text in markdown
-        assert text in page
-    assert "(no gain)" not in markdown
+def test_the_table_tells_medians_scatter_and_gain():
+    markdown = markdown_of(with_baseline("rte", rows={"rte": {"train": 463}}))
+    rows = {row[""]: row["RTE (accuracy)"] for row in table_with(markdown, "RTE (accuracy)")}
+    assert rows == {"run/hf": "60.0 ± 6.4", "random weights": "30.0 ± 6.4", "gain of pretraining": "+30.0"}
+    assert "Not the official rows, so not GLUE scores: RTE: 463 of 2,490 training rows." in markdown
 
 
-def test_a_difference_within_the_seeds_scatter_is_called_no_gain(tmp_path: Path):
-    markdown, _ = report(tmp_path, make_results(tmp_path, ["rte"], penalty=0.06))
-    assert "+6.0 (no gain)" in markdown
+def test_a_difference_within_the_seeds_scatter_is_called_no_gain():
+    assert "+6.0 (no gain)" in markdown_of(with_baseline("rte", penalty=0.06))
 
 
-def test_failed_trials_are_named_and_their_task_has_no_median(tmp_path: Path):
-    results = make_results(tmp_path, ["rte", "wnli"], failing=1)
-    assert [(cell["task_name"], cell["seed"], cell["cause"]) for cell in results["missing"]] == [
-        (name, 1, "RuntimeError: out of <memory>") for name in ("rte", "wnli")
+def test_the_chosen_configurations_tell_mean_best_worst_and_the_median_seed():
+    (row,) = table_with(markdown_of(results_of({"rte": grid("rte")})), "median seed")
+    expected = {
+        "median": "60.0",
+        "mean": "62.7",
+        "deviation": "6.4",
+        "best": "70.0",
+        "worst": "58.0",
+        "median seed": "1",
+    }
+    assert row.items() >= {**expected, "learning rate": "3e-5", "epochs": "2", "grid x seeds": "3 x 3"}.items()
+
+
+def test_the_average_stands_beside_its_nine_columns():
+    (row,) = table_with(markdown_of(glue_results(BERT_BASE)), "average", "MNLI-mm (accuracy)")
+    assert row["average"] == "79.8"
+    assert row["MNLI-m (accuracy)"] == "84.6 ± 0.0"
+    assert row["MNLI-mm (accuracy)"] == "84.0 ± 0.0"
+    assert list(row)[1:] == [
+        *("MNLI-m (accuracy)", "MNLI-mm (accuracy)", "QNLI (accuracy)", "QQP (F1)", "RTE (accuracy)"),
+        *("SST-2 (accuracy)", "MRPC (F1)", "CoLA (Matthews)", "STS-B (Spearman)", "average"),
     ]
-    assert results["tasks"] == {}
-    markdown, page = report(tmp_path, results)
-    assert "without a median: RTE, WNLI (2 trials missing)" in markdown
-    assert "out of &lt;memory&gt;" in page
-    assert "±" not in markdown.split("Development split")[0]
 
 
-def test_synthetic_scores_are_never_called_glue_and_never_stand_beside_published_ones(tmp_path: Path):
-    markdown, page = report(tmp_path, make_results(tmp_path, ["demo_sentiment"]))
-    assert "Synthetic demo benchmark (not GLUE)" in markdown
-    assert "GLUE" not in markdown.replace("(not GLUE)", "")
-    assert "Published" not in page
+def test_without_all_tasks_there_is_no_average_and_those_that_lack_are_named():
+    results = results_of({name: grid(name) for name in ("rte", "mrpc", "cola", "stsb", "wnli", "sst2", "mnli")})
+    markdown = markdown_of(results)
+    assert "There is no median of QNLI and QQP." in markdown
+    assert "average" not in score_tables(results)[0][1][0]
 
 
-def test_glue_and_synthetic_tasks_have_tables_of_their_own(tmp_path: Path):
-    markdown, _ = report(tmp_path, make_results(tmp_path, ["rte", "demo_sentiment"]))
-    headers = [line for line in markdown.splitlines() if "(accuracy)" in line]
-    assert headers == ["|  | RTE (accuracy) |", "|  | demo sentiment (accuracy) |"]
-    assert markdown.index("## GLUE, development set") < markdown.index("## Synthetic demo benchmark (not GLUE)")
+def test_starts_from_mnli_have_a_table_of_their_own():
+    results = glue_results(BERT_BASE, lift=0.09)
+    (plain_title, (header, (plain,))), (tuned_title, (_, (tuned,))) = score_tables(results)
+    assert plain_title == "GLUE, development set: no task started from MNLI"
+    assert tuned_title == "GLUE, development set: RTE, MRPC and STS-B started from MNLI"
+    changed = [name for name, before, after in zip(header, plain, tuned, strict=True) if before != after]
+    assert changed == ["RTE (accuracy)", "MRPC (F1)", "STS-B (Spearman)", "average"]
+    assert (plain[header.index("RTE (accuracy)")], tuned[header.index("RTE (accuracy)")]) == (
+        "69.1 ± 0.0",
+        "78.1 ± 0.0",
+    )
+    assert (plain[-1], tuned[-1]) == ("79.8", "82.8")
+    markdown = markdown_of(results)
+    assert markdown.index(f"## {plain_title}") < markdown.index(f"## {tuned_title}")
 
 
-def test_test_and_development_scores_are_never_in_one_table(tmp_path: Path):
-    markdown, _ = report(tmp_path, make_results(tmp_path, ["rte"]))
-    for table in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
-        assert not ("24hBERT" in table and "run/hf" in table)
-    assert "## Published, test set" in markdown
+def test_a_grid_that_only_starts_from_mnli_says_so():
+    ((title, (_, rows)),) = score_tables(results_of({"rte": grid("rte", "mnli")}, mnli_init=True))
+    assert title == "GLUE, development set: RTE started from MNLI"
+    assert rows == [["run/hf", "70.0 ± 6.4"]]
 
 
-def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path):
-    (tmp_path / "pretraining.json").write_text(json.dumps(PRETRAINING))
-    _, page = report(tmp_path, make_results(tmp_path, ["rte"]))
-    references = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
-    assert len(references) == 2, "two embedded plots"
-    assert all(reference.startswith("data:image/png;base64,") for reference in references)
-    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
+def test_failed_trials_are_named_and_their_task_has_no_median():
+    cells = {name: grid(name) for name in ("rte", "wnli")}
+    lost, retried = cells["rte"][0], cells["wnli"][4]
+    trials = {cell: table_trial(cell) for cell in cells["rte"] + cells["wnli"] if cell != lost}
+    failures = [(lost, "RuntimeError: out of <memory>"), (lost, "RuntimeError: out of <memory>"), (retried, "NaN")]
+    results = results_of(cells, trials, failures)
+    document = Page("title")
+    add_content(document, results)
+    markdown = markdown_of(results)
+    assert "without a median: RTE (1 trials missing)" in markdown
+    assert [row["seeds"] for row in table_with(markdown, "seeds", "cause")] == ["1"]
+    told = [(row["task"], row["seed"], row["then"]) for row in table_with(markdown, "then")]
+    assert told == [("RTE", "1", "missing"), ("RTE", "1", "missing"), ("WNLI", "2", "succeeded")]
+    assert "out of &lt;memory&gt;" in document.text
+    assert not any("RTE (accuracy)" in table[0] for table in tables_of(markdown))
+
+
+def test_a_grid_without_any_result_still_has_a_report(tmp_path: Path):
+    write_report(tmp_path, results_of({"rte": grid("rte")}, trials={}))
+    assert "without a median: RTE (9 trials missing)" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_synthetic_scores_are_never_called_glue_and_never_stand_beside_published_ones():
+    results = with_baseline("demo_sentiment")
+    markdown = markdown_of(results)
+    assert results["benchmark"] == "Synthetic demo benchmark (not GLUE)"
+    assert "GLUE" not in markdown
+    assert "ublished" not in markdown
+
+
+def test_glue_and_synthetic_tasks_have_tables_of_their_own():
+    titles = [
+        title for title, _ in score_tables(results_of({"rte": grid("rte"), "demo_sentiment": grid("demo_sentiment")}))
+    ]
+    assert titles == ["GLUE, development set", "Synthetic demo benchmark (not GLUE)"]
+
+
+def test_published_figures_are_as_published_and_never_in_a_table_with_ours_or_of_another_split():
+    markdown = markdown_of(glue_results(BERT_BASE))
+    (test_server,) = [table for table in tables_of(markdown) if table[0][0] == "published, test"]
+    (development,) = [table for table in tables_of(markdown) if table[0][0] == "published, development"]
+    for row in test_server[1:]:
+        matched, mismatched, *others = [f"{score:.1f}" for score in TABLE_3[row[0]]]
+        assert row[1:] == [f"{matched}/{mismatched}", *others]
+    fp32 = dict(zip(development[0], development[1], strict=True))
+    # Hugging Face: CoLA 56.53, SST-2 92.32, MRPC F1/acc 88.85/84.07, STS-B P/S 88.64/88.48, QQP acc/F1 90.71/87.49
+    assert (fp32["CoLA"], fp32["SST-2"], fp32["MRPC (F1/accuracy)"]) == ("56.53", "92.32", "88.85/84.07")
+    assert (fp32["STS-B (Spearman/Pearson)"], fp32["QQP (F1/accuracy)"]) == ("88.48/88.64", "87.49/90.71")
+    assert (fp32["MNLI-m/mm"], fp32["QNLI"], fp32["RTE"], fp32["WNLI"]) == ("83.91/84.10", "90.66", "65.70", "56.34")
+    assert [row[0] for row in development[1:]] == [
+        *("run_glue, fp32", "run_glue, fp16"),
+        *("run_flax_glue, mean", "run_flax_glue, deviation", "run_flax_glue, best"),
+    ]
+    for table in tables_of(markdown):
+        names = {row[0] for row in table}
+        assert len(names & {"run/hf", "24hBERT", "run_glue, fp32"}) <= 1
+
+
+def test_the_majority_of_wnli_is_told_where_wnli_is():
+    markdown = markdown_of(results_of({"wnli": grid("wnli")}))
+    assert "scores 56.3 on the development split and 65.1 on the test server" in markdown
+    assert "WNLI (accuracy; majority 56.3)" in markdown
+    assert "majority" not in markdown_of(results_of({"rte": grid("rte")}))
+
+
+def test_times_are_sums_of_the_trials_own():
+    cells = {"rte": grid("rte"), "cola": grid("cola", rates=(1e-5,))}
+    rte, cola, total = table_with(markdown_of(results_of(cells)), "seconds a trial")
+    assert (rte["trials"], rte["time (minutes)"], rte["share"], rte["seconds a trial"]) == (
+        "9",
+        "1.88",
+        "75.0 %",
+        "12.5",
+    )
+    assert (cola["trials"], cola["share"], cola["training rows a second"]) == ("3", "25.0 %", "800")
+    assert total["time (minutes)"] == "2.50"
+
+
+def test_how_it_was_run_is_told():
+    cells = grid("rte")
+    trials = {cell: table_trial(cell) for cell in cells}
+    trials[cells[0]].update(device="NVIDIA H200", versions={"torch": "2.12.0"}, finished_at="2026-02-01T09:00:00+00:00")
+    protocol = {**PROTOCOL, "precision": "bf16", "score_epoch": "best"}
+    markdown = markdown_of(results_of({"rte": cells}, trials, protocol=protocol))
+    for text in (
+        "- **Precision:** bf16",
+        "NVIDIA H200 (1 trials), cpu (8 trials)",
+        "torch 2.12.0 and 2.11.0, transformers 5.3.0",
+        "first trial 2026-02-01T09:00:00+00:00, last trial 2026-03-01T10:00:00+00:00",
+        "abc123abc123",
+        "The score is the best epoch's",
+        "selected on the split that it is reported on",
+    ):
+        assert text in markdown
+
+
+def test_all_is_told_from_results_alone_even_of_tasks_that_the_package_does_not_know():
+    results = json.loads(json.dumps(with_baseline("demo_sentiment")).replace("demo_sentiment", "reviews"))
+    results["task_facts"]["reviews"].update(title="Reviews", benchmark="Own tasks", synthetic=False)
+    markdown = markdown_of(results)
+    assert table_with(markdown, "Reviews (accuracy)")[0]["Reviews (accuracy)"] == "60.0 ± 6.4"
+    assert "GLUE" not in markdown.replace(results["benchmark"], "")
+    assert all(list(panels(results)) == ["Reviews"] for panels in (scores_panels, grid_panels, curves_panels))
+
+
+def test_a_latex_row_has_the_papers_columns_and_says_what_it_is():
+    *comments, row = latex_row(glue_results(BERT_BASE)).splitlines()
+    assert row == r"run/hf & 84.6/84.0 & 90.6 & 72.0 & 69.1 & 92.8 & 86.1 & 55.1 & 84.3 & 79.8 \\"
+    assert all(comment.startswith("% ") for comment in comments)
+    assert "development set" in comments[0]
+    assert "median of 3 seeds" in comments[1]
+    assert "RTE, MRPC, STS-B not started from MNLI" in comments[1]
+
+
+def test_a_latex_row_has_dashes_where_a_score_is_missing_and_escapes_the_models_name():
+    results = results_of({"rte": grid("rte")}, model="my_model & 100%", rows={"rte": {"train": 463}})
+    *comments, row = latex_row(results).splitlines()
+    assert row == r"my\_model \& 100\% & -- & -- & -- & 60.0 & -- & -- & -- & -- & -- \\"
+    assert "% not the official rows: RTE: 463 of 2,490 training rows" in comments
+
+
+def test_both_starts_have_a_latex_row_each_under_its_own_comment():
+    text = latex_row(glue_results(BERT_BASE, lift=0.09))
+    plain, tuned = [line for line in text.splitlines() if not line.startswith("%")]
+    assert "& 69.1 &" in plain
+    assert "& 78.1 &" in tuned
+    assert text.index("not started from MNLI") < text.index(plain) < text.index("STS-B started from MNLI")
+
+
+class Elements(HTMLParser):
+    """Reads a page; whatever is not closed in the order in which it was opened is an error."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tables_outside_a_box = 0
+        self.styles = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table" and self.open[-1] != "div":
+            self.tables_outside_a_box += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.styles += data
 
 
 PRETRAINING = {
@@ -137,19 +298,132 @@ PRETRAINING = {
 }
 
 
-def test_pretraining_is_plotted_when_the_model_tells_of_it(tmp_path: Path):
-    results = make_results(tmp_path, ["rte"])
-    assert "Pretraining" not in report(tmp_path, results)[0]
-    (tmp_path / "pretraining.json").write_text(json.dumps(PRETRAINING))
-    markdown, _ = report(tmp_path, results)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with every part: two starts, a failure, missing trials, pretraining, names that need escapes."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "pretraining.json").write_text(json.dumps(PRETRAINING))
+    cells = {"rte": grid("rte") + grid("rte", "mnli"), "wnli": grid("wnli")}
+    trials = {cell: table_trial(cell) for cell in cells["rte"] + cells["wnli"]}
+    del trials[cells["wnli"][0]]
+    failures = [(cells["wnli"][0], "<script src='https://example.org/x.js'> & url(http://example.org)")]
+    write_report(folder, results_of(cells, trials, failures, model="a<b>&c", mnli_init="both"))
+    return folder
+
+
+def test_the_page_parses_and_refers_to_nothing_outside_itself(written: Path):
+    page = (written / "report.html").read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    references = [value for _, name, value in elements.attributes if name in ("src", "href", "srcset", "action")]
+    assert len(references) == 8, "two tasks' scores, three grids, two curves (WNLI has none), pretraining"
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in references)
+    assert not re.search(r"@import|url\(", elements.styles)
+    assert not {tag for tag, _, _ in elements.attributes} & {"script", "link", "iframe", "object"}
+
+
+def test_the_page_fits_a_phone(written: Path):
+    elements = Elements((written / "report.html").read_text())
+    assert ("meta", "content", "width=device-width, initial-scale=1") in elements.attributes
+    assert elements.tables_outside_a_box == 0
+    assert "overflow-x: auto" in elements.styles
+    assert "img { max-width: 100%" in elements.styles
+
+
+def test_page_and_markdown_say_the_same(written: Path):
+    markdown, page = (written / "report.md").read_text(), (written / "report.html").read_text()
+    text = " ".join(re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)).split())
+    for table in tables_of(markdown):
+        for cell in itertools.chain.from_iterable(table):
+            escaped = cell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#x27;")
+            assert escaped in text
+    for heading in re.findall(r"^## (.*)$", markdown, flags=re.MULTILINE):
+        assert f"<h2>{heading}</h2>" in page
+
+
+def test_figures_lie_beside_the_report(written: Path):
+    names = re.findall(r"!\[.*\]\((.*)\)", (written / "report.md").read_text())
+    assert names == ["scores.png", "grid.png", "curves.png", "pretraining.png"]
+    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_pretraining_is_told_when_the_model_tells_of_it(written: Path):
+    markdown = (written / "report.md").read_text()
     assert "90 s of a budget of 90 s; 120 steps, 15,360 sequences; final validation loss 3.250" in markdown
-    assert (tmp_path / "pretraining.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 7])
-def test_every_task_has_a_panel_and_no_panel_is_empty(num_tasks: int):
-    names = list(TASKS)[:num_tasks]
-    cell = {"learning_rate": 1e-4, "batch_size": 32, "num_epochs": 3, "initialization": "pretrained", "score": 0.5}
-    figure = scores_figure([{"task_name": name, **cell} for name in names])
-    assert len(figure.axes) == num_tasks
-    assert all(axes.get_title(loc="left") for axes in figure.axes)
+def test_every_seed_is_a_point_and_the_chosen_configuration_is_marked():
+    (figure,) = scores_panels(results_of({"rte": grid("rte")})).values()
+    (axes,) = figure.axes
+    groups = [group for group in axes.collections if isinstance(group, PathCollection)]
+    points = sorted(group.get_offsets()[:, 0].tolist() for group in groups)
+    assert points == [pytest.approx([100 * score for score in scores]) for scores in sorted(SCORES.values())]
+    assert all(len(set(group.get_offsets()[:, 1])) == 3 for group in groups), "equal scores would hide each other"
+    labels = {label.get_text(): label.get_fontweight() for label in axes.get_yticklabels()}
+    assert labels == {"1e-5 · 32 · 2": "normal", "2e-5 · 32 · 2": "normal", "3e-5 · 32 · 2": "bold"}
+
+
+def test_every_task_with_trials_has_a_panel():
+    names = list(TASKS)[:7]
+    panels = scores_panels(results_of({name: grid(name, rates=(1e-5,)) for name in names}))
+    assert list(panels) == [TASKS[name].title for name in names]
+
+
+def test_the_heat_map_has_each_configurations_median_and_leaves_out_tasks_with_one():
+    cells = {"rte": grid("rte") + grid("rte", "mnli"), "cola": grid("cola", rates=(1e-5,))}
+    panels = grid_panels(results_of(cells, mnli_init="both"))
+    assert list(panels) == ["RTE", "RTE from MNLI"]
+    texts = [text.get_text() for text in panels["RTE"].axes[0].texts]
+    assert texts == [f"{100 * np.median(SCORES[rate]):.1f}" for rate in sorted(SCORES)]
+
+
+def test_a_configuration_without_all_its_seeds_has_no_median_in_the_heat_map():
+    cells = grid("rte")
+    trials = {cell: table_trial(cell) for cell in cells[1:]}
+    (figure,) = grid_panels(results_of({"rte": cells}, trials)).values()
+    assert [text.get_text() for text in figure.axes[0].texts] == ["none", "55.0", "60.0"]
+    assert not figure.axes[0].patches, "no frame: nothing is chosen"
+
+
+def test_learning_curves_are_those_of_the_chosen_configurations_seeds():
+    (figure,) = curves_panels(results_of({"rte": grid("rte")})).values()
+    losses, scores = figure.axes
+    thin = [list(line.get_ydata()) for line in scores.lines if line.get_linewidth() < 1]
+    assert thin == [pytest.approx([100 * (score - 0.05), 100 * score]) for score in SCORES[3e-5]]
+    (thick,) = [list(line.get_ydata()) for line in scores.lines if line.get_linewidth() > 1]
+    assert thick == pytest.approx([55.0, 60.0])
+    assert {line.get_label() for line in losses.lines if line.get_linewidth() > 1} == {
+        "training loss",
+        "validation loss",
+    }
+    assert losses.get_ylabel() == "loss (nats)"
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(5e-5, "5e-5"), (1e-3, "1e-3"), (2.5e-5, "2.5e-5"), (0.1, "1e-1"), (1.0, "1e0")]
+)
+def test_learning_rates_are_short(rate: float, text: str):
+    assert rate_text(rate) == text
+
+
+def paper_cells() -> Iterator[Cell]:
+    small = itertools.product(
+        ("rte", "sst2", "mrpc", "cola", "stsb", "wnli"), (1e-5, 3e-5, 5e-5, 8e-5), (16, 32), (3, 5, 10)
+    )
+    large = itertools.product(("mnli", "qqp", "qnli"), (5e-5, 8e-5), (32,), (3, 5))
+    for values in (*small, *large):
+        yield from (Cell(*values, "pretrained", seed) for seed in range(1, 6))
+
+
+@pytest.mark.slow
+def test_the_papers_whole_grid_is_a_page_below_five_megabytes(tmp_path: Path):
+    cells: dict[str, list[Cell]] = {}
+    for cell in paper_cells():
+        cells.setdefault(cell.task_name, []).append(cell)
+    trials = {
+        cell: trial(cell.task_name, *(0.8 + 0.01 * math.sin(cell.seed * epoch) for epoch in range(cell.num_epochs)))
+        for cell in itertools.chain.from_iterable(cells.values())
+    }
+    assert len(trials) == 780
+    write_report(tmp_path, results_of(cells, trials))
+    assert (tmp_path / "report.html").stat().st_size < 5e6
