@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from finetune.data import TokenizedSplit, TokenizedTask, load_tokenized, read_task, tokenize_task
 from transformers import (
     BertConfig,
     BertModel,
@@ -25,7 +26,6 @@ from transformers import (
     default_data_collator,
 )
 
-from finetune.data import TokenizedSplit, TokenizedTask, load_tokenized, read_task, tokenize_task
 from finetune.metrics import compute
 from finetune.model import Encoder, Initialization, load_tokenizer
 from finetune.tasks import TASKS, Task

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from common.folders import read_json
 from common.page import Document, Plot, time_unit, write_documents
+from finetune.config import STARTED_FROM_MNLI
 from finetune.metrics import METRIC_TITLES
 from finetune.plots import (
     START_NAMES,
@@ -21,7 +22,7 @@ from finetune.plots import (
     scores_panels,
 )
 from finetune.published import DEVELOPMENT_SET, TEST_SET
-from finetune.results import MNLI_STARTED, Results
+from finetune.results import Results
 from finetune.score_tables import (
     average_note,
     deviations,
@@ -139,7 +140,7 @@ def _score_note(results: Results) -> str:
 
 def _start_note(results: Results) -> str:
     facts = results["task_facts"]
-    titles = [facts[name]["title"] for name in MNLI_STARTED if name in facts]
+    titles = [facts[name]["title"] for name in STARTED_FROM_MNLI if name in facts]
     if not results["mnli_init"] or not titles:
         return "No task starts from another task's model."
     tuned = "the model tuned on MNLI (the median seed of its best configuration)"

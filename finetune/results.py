@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
+from finetune.config import STARTED_FROM_MNLI
+from finetune.selection import best_cells, by_configuration, median_cell
 from finetune.tasks import Task, benchmark_title
 from finetune.trial import Cell
 
@@ -32,7 +34,6 @@ AVERAGED_COLUMNS: Final = (
     Column("CoLA", "cola", "dev"),
     Column("STS-B", "stsb", "dev"),
 )
-MNLI_STARTED: Final = ("rte", "mrpc", "stsb")
 _STARTS: Final = ("pretrained", "mnli")  # the first that a task has is what its summary is about
 # Accuracy of always giving the majority's answer: 40 of 71 development rows; on the test server.
 _MAJORITY: Final = {"wnli": {"dev": 40 / 71, "test": 0.651}}
@@ -66,7 +67,7 @@ def make_results(
     complete = {name: task_cells for name, task_cells in cells.items() if all(cell in trials for cell in task_cells)}
     summaries = {name: _task_summary(tasks[name], task_cells, trials) for name, task_cells in complete.items()}
     return {
-        "benchmark": benchmark_title(cells),
+        "benchmark": benchmark_title([tasks[name] for name in cells]),
         **{name: facts[name] for name in ("model", "model_sha256", "mnli_init", "protocol")},
         "seeds": sorted({cell.seed for cell in grid}),
         "task_facts": {name: _task_facts(tasks[name], facts) for name in cells},
@@ -86,12 +87,12 @@ def _task_facts(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
     official_dev = all(rows[split]["used"] == rows[split]["official"] for split in task.evaluation_splits)
     return {
         "title": task.title,
-        "benchmark": benchmark_title([task.task_name]),
+        "benchmark": benchmark_title([task]),
         "metric": task.selected_by,
         "metrics": list(task.metrics),
         "labels": list(task.labels) if task.labels else None,
         "synthetic": task.synthetic,
-        "is_glue": task.hub_config is not None,
+        "is_glue": task.is_glue,
         "evaluation_splits": list(task.evaluation_splits),
         "rows": rows,
         "tokens_per_row": facts["tokens_per_row"][task.task_name],
@@ -119,30 +120,23 @@ def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict
     ``std`` is the sample standard deviation over the seeds; ``scores`` are in the order of the seeds; ``metrics`` and
     ``metrics_std`` are of the epoch that scores. Of equal medians the first in the grid's order wins.
     """
-    by_configuration: dict[tuple[float, int, int], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_configuration[cell.learning_rate, cell.batch_size, cell.num_epochs].append(cell)
-    medians = {
-        configuration: statistics.median(trials[cell]["score"] for cell in group)
-        for configuration, group in by_configuration.items()
-    }
-    best = max(medians, key=medians.__getitem__)
-    chosen = sorted(by_configuration[best], key=lambda cell: cell.seed)
-    scores = [trials[cell]["score"] for cell in chosen]
+    score_of = {cell: trials[cell]["score"] for cell in cells}
+    chosen = sorted(best_cells(cells, score_of), key=lambda cell: cell.seed)
+    scores = [score_of[cell] for cell in chosen]
     return {
         "initialization": chosen[0].initialization,
         "metric": task.selected_by,
-        "best": dict(zip(("learning_rate", "batch_size", "num_epochs"), best, strict=True)),
+        "best": dict(zip(("learning_rate", "batch_size", "num_epochs"), chosen[0].configuration, strict=True)),
         "median": statistics.median(scores),
         "mean": statistics.fmean(scores),
         "std": _deviation(scores),
         "max": max(scores),
         "min": min(scores),
         "scores": scores,
-        "median_seed": chosen[scores.index(statistics.median_low(scores))].seed,
+        "median_seed": median_cell(chosen, score_of).seed,
         "metrics": _over_seeds(task, [trials[cell] for cell in chosen], statistics.median),
         "metrics_std": _over_seeds(task, [trials[cell] for cell in chosen], _deviation),
-        "num_configurations": len(by_configuration),
+        "num_configurations": len(by_configuration(cells)),
         "seconds": sum(trials[cell]["seconds"] for cell in cells),
     }
 
@@ -180,6 +174,6 @@ def column_score(summaries: Mapping[str, Any], column: Column, start: str) -> fl
         column: which.
         start: "pretrained", or "mnli" where the tasks that can are to have started from MNLI's model.
     """
-    wanted = start if column.task_name in MNLI_STARTED else "pretrained"
+    wanted = start if column.task_name in STARTED_FROM_MNLI else "pretrained"
     summary = summaries.get(column.task_name, {"starts": {}})["starts"].get(wanted)
     return summary and summary["metrics"][column.split][summary["metric"]]
