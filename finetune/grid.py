@@ -16,7 +16,7 @@ from common.folders import CONFIG_FILE, check_folder, claim_folder, only_writer,
 from common.page import markdown_table
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
-from finetune.examples import Examples, data_sha256, read_task
+from finetune.examples import Examples, data_sha256, read_task, require_files
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
 from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
 from finetune.progress import look, priorities
@@ -115,6 +115,7 @@ class _Preparation:
         self._model_name = _model_name(self._model_folder, model)
         self._tokenizer = load_tokenizer(self._model_folder)
         check_model(self._model_folder, self._tokenizer, config.max_seq_length)
+        require_files([(config.tasks[name], split) for name in cells for split in config.tasks[name].splits], glue_dir)
         self._data = {name: _read(config, name, glue_dir) for name in cells}
         self._checksums = model_fingerprint(self._model_folder)
 

@@ -165,7 +165,7 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path, Path], None], dict, list[str], str
     "no tokenizer": (_remove_tokenizer, {}, [], "no tokenizer"),
     "no model configuration": (_remove_model_config, {}, [], "no config.json"),
     "no such model": (_nothing, {}, ["--model", "/nowhere/hf"], "neither a folder"),
-    "no task folder": (_remove_task, {}, [], "STS-B/train.tsv does not exist"),
+    "no task folder": (_remove_task, {}, [], "STS-B/dev.tsv do not exist"),
     "another task's columns": (_swap_tasks, {}, [], "no column 'sentence1'"),
     "label outside the task": (_wrong_label, {}, [], "label '2' is not one of SST-2's"),
     "unknown key": (_nothing, {"num_seeds": 3}, [], "num_seeds"),
