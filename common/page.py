@@ -33,7 +33,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
        padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p, ul, figcaption { max-width: 46rem; } ul { padding-left: 1.2rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(90deg, #fff0, #fff 50%) right / 2rem 100% no-repeat local,
+          linear-gradient(90deg, #0000, #0003) right / .7rem 100% no-repeat scroll; } /* a shadow where more is */
 table { border-collapse: separate; border-spacing: 0; font-size: .92rem; font-variant-numeric: tabular-nums;
         overflow-wrap: break-word; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }

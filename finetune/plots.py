@@ -130,7 +130,7 @@ def _scores_panel(title: str, results: Results, task_name: str) -> Figure:
     groups = {start: group for start, group in groups.items() if group}
     configurations = list(dict.fromkeys(configuration for group in groups.values() for configuration in group))
     line_height = _LINE_HEIGHT * (1 + 0.6 * (len(groups) - 1))
-    figure = _panel(max(2.4, 1.0 + line_height * len(configurations)))
+    figure = _panel(max(2.5, 1.0 + line_height * len(configurations)))
     axes = figure.subplots()
     for index, (start, group) in enumerate(groups.items()):
         label = START_NAMES[start]

@@ -165,13 +165,17 @@ def _add_missing(document: Document, results: Results) -> None:
     titles = dict.fromkeys(results["task_facts"][cell["task_name"]]["title"] for cell in results["missing"])
     document.heading("Missing trials")
     document.paragraph(
-        f"Not complete, so without a median: {', '.join(titles)} ({len(results['missing'])} trials missing)."
+        f"Not complete, so without a median: {', '.join(titles)} ({_trials(len(results['missing']))} missing)."
     )
     seeds: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for cell in results["missing"]:
         seeds[*_cell_texts(results, cell), cell["cause"]].append(str(cell["seed"]))
     rows = [[*cell, ", ".join(numbers), cause] for (*cell, cause), numbers in seeds.items()]
     document.table(["task", "start", "learning rate", "batch", "epochs", "seeds", "cause"], rows)
+
+
+def _trials(number: int) -> str:
+    return f"{number:,} trial" + ("s" if number != 1 else "")
 
 
 def _cell_texts(results: Results, cell: Mapping[str, Any]) -> list[str]:
@@ -308,7 +312,7 @@ def _add_protocol(document: Document, results: Results) -> None:
     if trials := results["trials"]:
         devices = Counter(trial["device"] for trial in trials)
         finished = sorted(trial["finished_at"] for trial in trials)
-        facts["Devices"] = ", ".join(f"{device} ({count:,} trials)" for device, count in devices.items())
+        facts["Devices"] = ", ".join(f"{device} ({_trials(count)})" for device, count in devices.items())
         facts["Finished"] = f"first trial {finished[0]}, last trial {finished[-1]}"
         facts["Versions"] = _versions(trials)
     document.facts(facts)

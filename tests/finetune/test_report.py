@@ -137,7 +137,7 @@ def test_failed_trials_are_named_and_their_task_has_no_median():
     document = Page("title")
     add_content(document, results)
     markdown = markdown_of(results)
-    assert "without a median: RTE (1 trials missing)" in markdown
+    assert "without a median: RTE (1 trial missing)" in markdown
     assert [row["seeds"] for row in table_with(markdown, "seeds", "cause")] == ["1"]
     told = [(row["task"], row["seed"], row["then"]) for row in table_with(markdown, "then")]
     assert told == [("RTE", "1", "missing"), ("RTE", "1", "missing"), ("WNLI", "2", "succeeded")]
@@ -215,7 +215,7 @@ def test_how_it_was_run_is_told():
     markdown = markdown_of(results_of({"rte": cells}, trials, protocol=protocol))
     for text in (
         "- **Precision:** bf16",
-        "NVIDIA H200 (1 trials), cpu (8 trials)",
+        "NVIDIA H200 (1 trial), cpu (8 trials)",
         "torch 2.12.0 and 2.11.0, transformers 5.3.0",
         "first trial 2026-02-01T09:00:00+00:00, last trial 2026-03-01T10:00:00+00:00",
         "abc123abc123",
