@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import command_parser, parse, run_subcommand
-from finetune.grid import print_status, recorded_config, render
+from finetune.grid import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
 
@@ -13,8 +13,15 @@ def report(argv: list[str]) -> None:
     """Render results.json, report.md and report.html again from the recorded trials."""
     parser = command_parser("python -m finetune report", report.__doc__ or "")
     parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
-    folder = Path(parse(parser, argv).folder)
-    render(recorded_config(folder), folder)
+    parser.add_argument(
+        "--latex", action="store_true", help="print the scores as a row of a LaTeX table, and only that"
+    )
+    arguments = parse(parser, argv)
+    folder = Path(arguments.folder)
+    if arguments.latex:
+        print_latex(folder)
+    else:
+        render(recorded_config(folder), folder)
 
 
 def status(argv: list[str]) -> None:

@@ -21,8 +21,9 @@ from finetune.model import Encoder, check_model, find_model, load_tokenizer, mod
 from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
 from finetune.progress import look, priorities
 from finetune.ranks import Ranks, this_rank
-from finetune.report import PRETRAINING_FILE, score_tables, write_report
+from finetune.report import PRETRAINING_FILE, write_report
 from finetune.results import Results, make_results
+from finetune.score_tables import latex_row, score_tables
 from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
 from finetune.trial import Cell, Precision, Protocol
@@ -291,6 +292,15 @@ def collect(config: GridConfig, output_dir: Path) -> Results:
         trials={cell: result for name in cells for cell, result in store.results(name).items()},
         failures=[failure for name in cells for failure in store.failures(name)],
     )
+
+
+def print_latex(output_dir: Path) -> None:
+    """Print the scores as a row of a LaTeX table in the order of the paper's Table 3.
+
+    Raises:
+        UserError: the folder is not the output of a grid, or no trial has been recorded.
+    """
+    print(latex_row(collect(recorded_config(output_dir), output_dir)))
 
 
 def _recorded(config: GridConfig, output_dir: Path) -> tuple[TrialStore, dict[str, list[Cell]]]:
