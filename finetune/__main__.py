@@ -13,9 +13,7 @@ def report(argv: list[str]) -> None:
     """Render results.json, report.md and report.html again from the recorded trials."""
     parser = command_parser("python -m finetune report", report.__doc__ or "")
     parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
-    parser.add_argument(
-        "--latex", action="store_true", help="print the scores as a row of a LaTeX table, and only that"
-    )
+    parser.add_argument("--latex", action="store_true", help="only print the scores as a row of a LaTeX table")
     arguments = parse(parser, argv)
     folder = Path(arguments.folder)
     if arguments.latex:

@@ -78,15 +78,19 @@ class TrialStore:
             if self._dialect not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
                 raise ValueError("it must be sqlite:///FILE, or postgresql://... for several machines")
             self._lock_file = Path(f"{parsed.database}.lock")
-            self._storage = optuna.storages.RDBStorage(
-                url,
-                engine_kwargs={"connect_args": self._connect_arguments()},
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=stale_seconds,
-                heartbeat_stale_trial_callback=lambda study, trial: _wait_again(
-                    study, _attempt(study.study_name, trial)
-                ),
-            )
+            self._lock_engine = sqlalchemy.create_engine(url)
+            with self._exclusive():  # two that make the tables at once get in each other's way
+                self._storage = optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs={"connect_args": self._connect_arguments()},
+                    heartbeat_interval=heartbeat_seconds,
+                    grace_period=stale_seconds,
+                    heartbeat_stale_trial_callback=lambda study, trial: _wait_again(
+                        study, _attempt(study.study_name, trial)
+                    ),
+                )
+        except ImportError:
+            raise UserError(f"the storage {url} needs a driver: pip install 'psycopg[binary]'") from None
         except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
             raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from error
 
@@ -101,7 +105,7 @@ class TrialStore:
             with file_lock(self._lock_file):
                 yield
             return
-        with self._storage.engine.connect() as connection, connection.begin():
+        with self._lock_engine.connect() as connection, connection.begin():
             connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})"))
             yield
 

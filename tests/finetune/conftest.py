@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
+from run_glue_grid import main
+from tests.finetune.grids import arguments, write_config
+
 NOUNS = "cat dog film book house tree river stone lamp road".split()
 GOOD, BAD = "good great fine lovely".split(), "bad poor awful dull".split()
 WORDS = ["the", "was", "and", "a", *NOUNS, *GOOD, *BAD]
@@ -64,3 +67,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_grid(model_folder: Path, glue_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a grid that ran to its end."""
+    folder = tmp_path_factory.mktemp("grid")
+    argv = arguments(write_config(folder), model_folder, folder / "G", glue_dir)
+    main(argv)
+    return argv

@@ -29,6 +29,15 @@ def arguments(config: Path, model: Path, output_dir: Path, glue_dir: Path, *more
     return ["--config", str(config), *folders, *more]
 
 
+def output_of(argv: list[str]) -> Path:
+    return Path(argv[argv.index("--output_dir") + 1])
+
+
+def elsewhere(argv: list[str], output_dir: Path) -> list[str]:
+    """The same command with another output folder."""
+    return [str(output_dir) if argument == str(output_of(argv)) else argument for argument in argv]
+
+
 def outcome(output_dir: Path) -> dict[str, Any]:
     """What a grid found out, without when and how fast it did."""
     return _timeless(json.loads((output_dir / "results.json").read_text()))

@@ -13,30 +13,17 @@ from common.cli import config_parser, parse, run, take_config
 from common.folders import only_writer
 from finetune.config import GridConfig
 from run_glue_grid import main
-from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, outcome, write_config
+from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, outcome, output_of, write_config
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def finished(model_folder: Path, glue_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The arguments of a grid that ran to its end."""
-    folder = tmp_path_factory.mktemp("grid")
-    argv = arguments(write_config(folder), model_folder, folder / "G", glue_dir)
-    main(argv)
-    return argv
-
-
-def output_of(argv: list[str]) -> Path:
-    return Path(argv[argv.index("--output_dir") + 1])
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_cell_is_run_once_and_reported(finished: list[str]):
-    results = outcome(output_of(finished))
+def test_every_cell_is_run_once_and_reported(finished_grid: list[str]):
+    results = outcome(output_of(finished_grid))
     keys = ("task_name", "learning_rate", "batch_size", "num_epochs", "initialization", "seed")
     cells = {tuple(trial[key] for key in keys) for trial in results["trials"]}
     assert len(cells) == len(results["trials"]) == NUM_TRIALS
@@ -44,11 +31,11 @@ def test_every_cell_is_run_once_and_reported(finished: list[str]):
     assert results["tasks"].keys() == {"sst2", "stsb"}
     assert results["tasks"]["sst2"]["metric"] == "accuracy"
     assert "random_baseline" in results["tasks"]["stsb"]
-    assert {path.name for path in output_of(finished).iterdir()} >= {"report.md", "report.html", "scores.png"}
+    assert {path.name for path in output_of(finished_grid).iterdir()} >= {"report.md", "report.html", "scores.png"}
 
 
-def test_the_models_of_the_best_configuration_score_what_the_table_says(finished: list[str], glue_dir: Path):
-    output_dir = output_of(finished)
+def test_the_models_of_the_best_configuration_score_what_the_table_says(finished_grid: list[str], glue_dir: Path):
+    output_dir = output_of(finished_grid)
     summary = outcome(output_dir)["tasks"]["sst2"]
     folders = sorted((output_dir / "models" / "sst2").glob("*/*"))
     assert [folder.name for folder in folders] == ["seed-1", "seed-2"], (
@@ -62,17 +49,17 @@ def test_the_models_of_the_best_configuration_score_what_the_table_says(finished
         assert sum(right) / len(right) == pytest.approx(score)
 
 
-def test_a_finished_grid_runs_nothing_again_with_any_number_of_workers(finished: list[str]):
-    before = outcome(output_of(finished))
+def test_a_finished_grid_runs_nothing_again_with_any_number_of_workers(finished_grid: list[str]):
+    before = outcome(output_of(finished_grid))
     started = time.monotonic()
-    main([*finished, "--num_workers", "1", "--tasks", "stsb"])
-    assert outcome(output_of(finished)) == before
+    main([*finished_grid, "--num_workers", "1", "--tasks", "stsb"])
+    assert outcome(output_of(finished_grid)) == before
     assert time.monotonic() - started < 5, "no worker should have been started"
 
 
-def test_the_report_command_renders_the_same_results(finished: list[str], tmp_path: Path):
+def test_the_report_command_renders_the_same_results(finished_grid: list[str], tmp_path: Path):
     copy = tmp_path / "G"
-    shutil.copytree(output_of(finished), copy)
+    shutil.copytree(output_of(finished_grid), copy)
     expected = (copy / "results.json").read_bytes()
     for name in ("results.json", "report.md", "report.html"):
         (copy / name).unlink()
@@ -82,22 +69,22 @@ def test_the_report_command_renders_the_same_results(finished: list[str], tmp_pa
 
 
 def test_another_model_is_refused_and_nothing_recorded_changes(
-    finished: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_grid: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     other = tmp_path / "hf"
     shutil.copytree(model_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
     how_run_last = ("config.yaml", "provenance.json")
-    recorded = {name: data for name, data in content(output_of(finished)).items() if name not in how_run_last}
-    argv = [str(other) if argument == str(model_folder) else argument for argument in finished]
+    recorded = {name: data for name, data in content(output_of(finished_grid)).items() if name not in how_run_last}
+    argv = [str(other) if argument == str(model_folder) else argument for argument in finished_grid]
     assert "another model configuration" in refusal(argv, capsys)
-    assert {name: content(output_of(finished))[name] for name in recorded} == recorded
+    assert {name: content(output_of(finished_grid))[name] for name in recorded} == recorded
 
 
-def test_two_runs_never_work_in_one_folder(finished: list[str], capsys: pytest.CaptureFixture[str]):
-    with only_writer(output_of(finished)):
-        assert f"process {os.getpid()} on" in refusal(finished, capsys)
+def test_two_runs_never_work_in_one_folder(finished_grid: list[str], capsys: pytest.CaptureFixture[str]):
+    with only_writer(output_of(finished_grid)):
+        assert f"process {os.getpid()} on" in refusal(finished_grid, capsys)
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

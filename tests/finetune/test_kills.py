@@ -1,6 +1,5 @@
 """A grid whose processes are killed at random moments ends in the very table of one that was left alone."""
 
-import json
 import os
 import random
 import signal
@@ -15,14 +14,11 @@ import pytest
 
 from finetune.study import TrialStore
 from run_glue_grid import main
-from tests.finetune.grids import arguments, outcome, write_config
+from tests.finetune.grids import arguments, elsewhere, outcome, output_of, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 TASKS = ["sst2", "stsb"]
-LONG_TRIALS = {
-    "seeds": [1, 2, 3],
-    "grids": [{"tasks": TASKS, "learning_rate": [1e-3, 3e-3], "batch_size": [8], "num_epochs": [40]}],
-}
+LONG_TRIALS = {"grids": [{"tasks": TASKS, "learning_rate": [1e-3, 3e-3], "batch_size": [8], "num_epochs": [100]}]}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 
 
@@ -94,26 +90,16 @@ class Killer:
         wait_until(lambda: not any(map(is_running, family)), 20, "the workers to end with their parent")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(model_folder: Path, glue_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a grid that nobody killed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    main(arguments(write_config(folder, **LONG_TRIALS), model_folder, folder / "G", glue_dir))
-    return folder / "G"
-
-
-@pytest.fixture
-def killer(model_folder: Path, glue_dir: Path, tmp_path: Path) -> Killer:
-    argv = arguments(write_config(tmp_path, **LONG_TRIALS), model_folder, tmp_path / "G", glue_dir)
-    return Killer(argv, tmp_path / "G", tmp_path / "log")
-
-
 def weights(output_dir: Path) -> dict[str, bytes]:
     models = output_dir / "models"
     return {str(path.relative_to(models)): path.read_bytes() for path in models.rglob("*.safetensors")}
 
 
-def test_a_killed_worker_and_a_killed_coordinator_cost_nothing_that_was_finished(killer: Killer, undisturbed: Path):
+def test_a_killed_worker_and_a_killed_coordinator_cost_nothing_that_was_finished(
+    finished_grid: list[str], tmp_path: Path
+):
+    output_dir = tmp_path / "G"
+    killer = Killer(elsewhere(finished_grid, output_dir), output_dir, tmp_path / "log")
     killer.start()
     wait_until(lambda: killer.is_over() or len(killer.recorded()) >= 2, 120, "trials")
     killer.kill_worker(0)
@@ -123,27 +109,25 @@ def test_a_killed_worker_and_a_killed_coordinator_cost_nothing_that_was_finished
     before = killer.recorded()
     main(killer.argv)
     assert before.items() <= killer.recorded().items(), "no finished trial ran again"
-    assert outcome(killer.output_dir) == outcome(undisturbed)
-    assert weights(killer.output_dir) == weights(undisturbed)
+    undisturbed = output_of(finished_grid)
+    assert outcome(output_dir) == outcome(undisturbed)
+    assert weights(output_dir) == weights(undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_twenty_kills_at_random_moments_change_nothing(killer: Killer, undisturbed: Path):
+@pytest.mark.timeout(2400)
+def test_twenty_kills_at_random_moments_change_nothing(model_folder: Path, glue_dir: Path, tmp_path: Path):
     """Kills before the first finished trial are not counted. With ``-s`` each is told with its phase."""
-    chance = random.Random(0)
-    num_kills, before = 0, {}
+    config = write_config(tmp_path, **LONG_TRIALS)
+    undisturbed, output_dir = tmp_path / "undisturbed", tmp_path / "G"
+    main(arguments(config, model_folder, undisturbed, glue_dir))
+    killer = Killer(arguments(config, model_folder, output_dir, glue_dir), output_dir, tmp_path / "log")
+    chance, num_kills, before = random.Random(0), 0, {}
     killer.start()
+    wait_until(lambda: killer.is_over() or killer.recorded(), 120, "the first trial")
     while num_kills < 20:
-        wait_until(lambda: killer.is_over() or killer.recorded(), 120, "the first trial")
-        time.sleep(chance.uniform(0, 6))
-        if killer.is_over():
-            assert killer.process.returncode == 0, killer.log.read_text()
-            print(f"the grid was finished after {num_kills} kills: {len(before)} trials are run anew")
-            (killer.output_dir / "trials.db").unlink()
-            before = {}
-            killer.start()
-            continue
+        time.sleep(chance.uniform(0, 8))
+        assert not killer.is_over(), f"finished after {num_kills} kills: {killer.log.read_text()}"
         phase, target = killer.phase(), chance.choice(["coordinator", "worker"])
         if target == "worker":
             killer.kill_worker(chance.randrange(2))
@@ -152,12 +136,12 @@ def test_twenty_kills_at_random_moments_change_nothing(killer: Killer, undisturb
         assert before.items() <= killer.recorded().items(), "no finished trial ran again"
         before = killer.recorded()
         num_kills += 1
-        print(f"kill {num_kills}: the {target}, {phase}", flush=True)
+        print(f"kill {num_kills}: the {target}; {phase}", flush=True)
         if target == "coordinator":
             killer.start()
-    wait_until(killer.is_over, 600, "the end")
+    wait_until(killer.is_over, 1200, "the end")
     assert killer.process.returncode == 0, killer.log.read_text()
     assert before.items() <= killer.recorded().items()
-    assert outcome(killer.output_dir) == outcome(undisturbed)
-    assert weights(killer.output_dir) == weights(undisturbed)
-    assert json.loads((killer.output_dir / "results.json").read_text())["failures"] == []
+    assert outcome(output_dir) == outcome(undisturbed)
+    assert weights(output_dir) == weights(undisturbed)
+    assert outcome(output_dir)["failures"] == []
