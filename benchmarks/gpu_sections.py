@@ -1,5 +1,6 @@
 """The parts of the GPU benchmark, the most important first, each of which adds its figures to one record."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -199,6 +200,8 @@ class GpuBenchmark:
     def grid(self) -> None:
         """Fine-tuning, in a process of its own: trials an hour, and what the run's model scores."""
         model = self._glue_model or self._folder / "run" / "run" / "hf"
+        if not importlib.util.find_spec("accelerate"):
+            raise UserError("Hugging Face's Trainer needs the package accelerate: pip install accelerate")
         if not model.is_dir():
             raise UserError("no model to fine-tune: give --glue-model, or let the section 'run' make one")
         command = [sys.executable, "benchmarks/gpu_grid.py", "--model", str(model.resolve())]
