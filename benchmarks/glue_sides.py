@@ -11,13 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from finetune.data import TokenizedSplit, TokenizedTask, load_tokenized, read_task, tokenize_task
 from transformers import (
     BertConfig,
     BertModel,
     BertTokenizerFast,
     DataCollatorWithPadding,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -26,10 +24,13 @@ from transformers import (
     default_data_collator,
 )
 
+from finetune.batches import DeviceSplit
+from finetune.examples import read_task
 from finetune.metrics import compute
 from finetune.model import Encoder, Initialization, load_tokenizer
-from finetune.tasks import TASKS, Task
-from finetune.trial import EVALUATION_BATCH_SIZE, MAX_GRADIENT_NORM, Cell, Protocol, run_trial
+from finetune.tasks import TASKS
+from finetune.tokens import TokenizedSplit, load_tokens, tokenize_split
+from finetune.trial import EVALUATION_BATCH_SIZE, MAX_GRADIENT_NORM, Cell, Precision, Protocol, run_trial
 
 MAX_SEQ_LENGTH = 128
 WEIGHT_DECAY = 0.1
@@ -45,8 +46,8 @@ class FineTuning:
     learning_rate: float
     batch_size: int
     num_epochs: int
-    precision: str
-    """Of the matrix products: ``fp32`` or ``bf16``; weights and optimizer are float32."""
+    precision: Precision
+    """Of the matrix products; weights and optimizer are float32."""
     initialization: Initialization = "pretrained"
 
 
@@ -68,10 +69,12 @@ def load_rows(task_name: str, glue_dir: Path, model_folder: Path) -> Rows:
     Raises:
         UserError: a file is missing or wrong.
     """
-    examples, tokenizer = read_task(TASKS[task_name], glue_dir), load_tokenizer(model_folder)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenize_task(examples, tokenizer, MAX_SEQ_LENGTH, Path(folder) / task_name)
-        splits = load_tokenized(Path(folder) / task_name).splits
+    task, tokenizer = TASKS[task_name], load_tokenizer(model_folder)
+    with tempfile.TemporaryDirectory() as cache:
+        splits = {
+            name: load_tokens(tokenize_split(examples, task, tokenizer, "", MAX_SEQ_LENGTH, Path(cache)))
+            for name, examples in read_task(task, glue_dir).items()
+        }
         return {name: some_rows(split, np.arange(len(split))) for name, split in splits.items()}
 
 
@@ -111,25 +114,10 @@ class Ours:
     def run(self, work: FineTuning, seed: int, rows: Rows, encoder: Encoder, device: torch.device) -> Outcome:
         """One trial; the only place that knows its interface."""
         settings = asdict(work)
-        if settings.pop("precision") == "bf16":
-            encoder = _InBfloat16(encoder)
-        cell = Cell(**settings, seed=seed)
-        protocol = Protocol(MAX_SEQ_LENGTH, WEIGHT_DECAY, WARMUP_PROPORTION)
-        data = TokenizedTask(dict(rows), load_tokenizer(encoder.folder).pad_token_id)
-        result = run_trial(cell, protocol, encoder, data, device)
+        protocol = Protocol(MAX_SEQ_LENGTH, WEIGHT_DECAY, WARMUP_PROPORTION, settings.pop("precision"))
+        data = {name: DeviceSplit(split, device) for name, split in rows.items()}
+        result, _ = run_trial(TASKS[work.task_name], Cell(**settings, seed=seed), protocol, encoder, data, device)
         return Outcome(result["score"], result["rows_per_second"], result["seconds"])
-
-
-class _InBfloat16:
-    """An encoder whose classifiers compute in bfloat16 on a CPU too."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder, self.folder = encoder, encoder.folder
-
-    def new_classifier(self, task: Task, initialization: Initialization, device: torch.device) -> PreTrainedModel:
-        classifier = self._encoder.new_classifier(task, initialization, device)
-        classifier.forward = torch.autocast(device.type, torch.bfloat16)(classifier.forward)
-        return classifier
 
 
 class HuggingFace:
