@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import command_parser, parse, run_subcommand
-from finetune.grid import print_latex, print_status, recorded_config, render
+from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
 

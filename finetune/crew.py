@@ -12,7 +12,7 @@ from typing import Final
 from common.errors import UserError
 from finetune.progress import look
 from finetune.study import HEARTBEAT_SECONDS, TrialStore
-from finetune.workers import CANNOT_WRITE, Assignment, MnliStart, start_worker
+from finetune.workers import CANNOT_WRITE, DEVICE_BROKEN, Assignment, MnliStart, start_worker
 
 MAX_KILLS: Final = 5  # of an attempt's workers: a person kills at random, a system short of memory again and again
 _MAX_FRUITLESS_STARTS: Final = 3
@@ -39,17 +39,17 @@ class Crew:
         self._fruitless: Counter[str] = Counter()  # starts of each worker that ended before it took a trial
         self._next_line, self._next_look_for_stale = 0.0, 0.0
 
-    def run(self, parent: int | None) -> None:
+    def run(self, launcher: int | None) -> None:
         """Until no trial of these tasks waits or runs, here or on another machine.
 
         Args:
-            parent: end as soon as this process is no longer the parent, so that no orphan of a launcher goes on.
+            launcher: the process that started this one, with which it ends; None if it may outlive that one.
 
         Raises:
             UserError: a worker can't write to the output folder.
         """
         while self._is_work_left():
-            if parent is not None and os.getppid() != parent:
+            if launcher is not None and os.getppid() != launcher:
                 os._exit(1)
             self._show()
             multiprocessing.connection.wait([process.sentinel for process in self._running], timeout=_POLL_SECONDS)
@@ -88,11 +88,9 @@ class Crew:
             if code < 0 and attempt.kills + 1 < MAX_KILLS:
                 self._store.give_back(attempt)
             else:
-                by_signal = (
-                    f"was killed {attempt.kills + 1} times (out of memory?)" if code < 0 else f"ended with {code}"
-                )
-                self._store.fail(attempt, f"its worker process {by_signal}")
-        if code and not lost:
+                fate = f"was killed {MAX_KILLS} times (out of memory?)" if code < 0 else f"ended with exit code {code}"
+                self._store.fail(attempt, f"its worker process {fate}")
+        if code not in (0, DEVICE_BROKEN) and not lost:
             self._fruitless[assignment.name] += 1
             print(f"{assignment.name} ended with exit code {code} and no trial", file=sys.stderr)
 

@@ -10,30 +10,24 @@ from typing import Any, Final
 
 import torch
 
-from common.cli import config_parser, parse, take_config
 from common.errors import UserError
-from common.folders import CONFIG_FILE, check_folder, claim_folder, only_writer, read_json, write_json
-from common.page import markdown_table
+from common.folders import check_folder, claim_folder, only_writer, read_json, write_json
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
 from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
-from finetune.progress import look, priorities
+from finetune.progress import priorities
 from finetune.ranks import Ranks, this_rank
-from finetune.report import PRETRAINING_FILE, write_report
-from finetune.results import Results, make_results
-from finetune.score_tables import latex_row, score_tables
+from finetune.recorded import STORAGE_FILE, refuse_missing, render, storage_url
+from finetune.report import PRETRAINING_FILE
 from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
 from finetune.trial import Cell, Precision, Protocol
 from finetune.workers import Assignment
 
-RESULTS_FILE: Final = "results.json"
-STORAGE_FILE: Final = "trials.db"
 CACHE_FOLDER: Final = "cache"
 _SPLITS_FILE: Final = "splits.json"
-_MISSING_SHOWN: Final = 3
 _MAY_CHANGE: Final = ("num_workers", "trials_per_gpu")
 
 Cells = Mapping[str, Sequence[Cell]]
@@ -54,17 +48,25 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
     """
     cells = _select(config, tasks)
     protocol = _protocol(config)
-    ranks, parent = this_rank(), os.getppid()
-    with contextlib.ExitStack() as stack:
-        if ranks.coordinates:
-            prepared = _Preparation(config, cells, protocol, model, output_dir, glue_dir)
-            stack.enter_context(prepared.checked())
-        ranks.after_rank_0(lambda: prepared.prepare())
-        assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
-        store = TrialStore(_storage_url(config, output_dir))
-        Crew(store, assignments, shows_progress=ranks.coordinates).run(parent if ranks.launched else None)
-        if ranks.coordinates:
-            _refuse_missing(render(config, output_dir), list(cells))
+    ranks = this_rank()
+    if not ranks.coordinates:
+        ranks.after_rank_0()
+        _run_trials(config, cells, protocol, model, output_dir, ranks)
+        return
+    preparation = _Preparation(config, cells, protocol, model, output_dir, glue_dir)
+    with preparation.checked():
+        ranks.after_rank_0(preparation.prepare)
+        _run_trials(config, cells, protocol, model, output_dir, ranks)
+        refuse_missing(render(config, output_dir), list(cells))
+
+
+def _run_trials(
+    config: GridConfig, cells: dict[str, list[Cell]], protocol: Protocol, model: str, output_dir: Path, ranks: Ranks
+) -> None:
+    launcher = os.getppid() if ranks.launched else None
+    assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
+    store = TrialStore(storage_url(config, output_dir))
+    Crew(store, assignments, shows_progress=ranks.coordinates).run(launcher)
 
 
 def _select(config: GridConfig, tasks: Sequence[str]) -> dict[str, list[Cell]]:
@@ -125,7 +127,7 @@ class _Preparation:
         """Hold the output folder, once it is clear that this grid belongs there; nothing is written otherwise."""
         check_folder(self._output_dir, self._config, _MAY_CHANGE)
         if self._config.storage or (self._output_dir / STORAGE_FILE).exists():
-            store = TrialStore(_storage_url(self._config, self._output_dir))
+            store = TrialStore(storage_url(self._config, self._output_dir))
             for name in self._cells:
                 store.check_study(name, self._fingerprint(name))
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ class _Preparation:
             name: {split: load_tokens(folder).num_tokens for split, folder in splits.items()}
             for name, splits in folders.items()
         }
-        store = TrialStore(_storage_url(self._config, self._output_dir))
+        store = TrialStore(storage_url(self._config, self._output_dir))
         priority = priorities(self._cells, num_tokens)
         for name, task_cells in self._cells.items():
             store.open_study(name, self._fingerprint(name), self._facts(name, num_tokens[name]))
@@ -199,10 +201,6 @@ def _read(config: GridConfig, task_name: str, glue_dir: Path | None) -> dict[str
     return data
 
 
-def _storage_url(config: GridConfig, output_dir: Path) -> str:
-    return config.storage or f"sqlite:///{(output_dir / STORAGE_FILE).resolve()}"
-
-
 def _model_name(folder: Path, model: str) -> str:
     """``R/hf`` for a folder, the id for a hub model."""
     return "/".join(folder.resolve().parts[-2:]) if Path(model).is_dir() else model
@@ -222,24 +220,22 @@ def _assignments(
     folders = {name: {split: cache / folder for split, folder in names[name].items()} for name in cells}
     tasks = {name: config.tasks[name] for name in cells}
     per_gpu, on_cpu = 1, 1
-    if torch.cuda.is_available():
-        per_gpu = config.trials_per_gpu
-        if per_gpu == "auto":
-            dearest = max(
-                (cell for task_cells in cells.values() for cell in task_cells), key=lambda cell: cell.batch_size
-            )
-            train_folder = folders[dearest.task_name]["train"]
-            device = f"cuda:{ranks.local_rank}"
-            probe = Probe(model_folder, protocol, tasks[dearest.task_name], dearest, train_folder, device)
-            per_gpu = trials_per_gpu(probe, output_dir)
-    else:
+    if not torch.cuda.is_available():
         on_cpu = config.num_workers or cpu_workers(Encoder(model_folder).num_parameters, ranks)
+    elif config.trials_per_gpu != "auto":
+        per_gpu = config.trials_per_gpu
+    else:
+        cell = _largest_batch(cells, folders)
+        train_folder, device = folders[cell.task_name]["train"], f"cuda:{ranks.local_rank}"
+        per_gpu = trials_per_gpu(
+            Probe(model_folder, protocol, tasks[cell.task_name], cell, train_folder, device), output_dir
+        )
     places = devices(per_gpu, on_cpu, ranks)
     num_cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
     return [
         Assignment(
             name=f"{socket.gethostname()} {os.getpid()} worker {index}",
-            storage_url=_storage_url(config, output_dir),
+            storage_url=storage_url(config, output_dir),
             output_dir=output_dir,
             model_folder=model_folder,
             protocol=protocol,
@@ -254,101 +250,11 @@ def _assignments(
     ]
 
 
-def render(config: GridConfig, output_dir: Path) -> Results:
-    """Write ``results.json`` and the report from the recorded trials, and print the scores.
+def _largest_batch(cells: Cells, folders: Mapping[str, Mapping[str, Path]]) -> Cell:
+    """A cell whose batches can take most memory; of equals one of the task with most tokens."""
 
-    Raises:
-        UserError: no trial has been recorded.
-    """
-    results = collect(config, output_dir)
-    write_json(output_dir / RESULTS_FILE, results)
-    write_report(output_dir, results)
-    for title, table in score_tables(results):
-        print(f"{title}\n\n{markdown_table(*table)}\n")
-    print(f"{output_dir / RESULTS_FILE}\n{output_dir / 'report.html'}")
-    return results
+    def size(cell: Cell) -> tuple[int, int]:
+        train = load_tokens(folders[cell.task_name]["train"])
+        return cell.batch_size * int(train.lengths.max()), train.num_tokens
 
-
-def collect(config: GridConfig, output_dir: Path) -> Results:
-    """The content of ``results.json``, from the storage alone.
-
-    Raises:
-        UserError: no trial has been recorded.
-    """
-    store, cells = _recorded(config, output_dir)
-    facts = {name: store.facts(name) for name in cells}
-    first = next(iter(facts.values()))
-    return make_results(
-        tasks=config.tasks,
-        facts={
-            **{name: first[name] for name in ("model", "model_sha256", "protocol")},
-            "mnli_init": config.mnli_init,
-            "rows": {name: facts[name]["rows"] for name in cells},
-            "tokens_per_row": {
-                name: facts[name]["num_tokens"]["train"] / facts[name]["rows"]["train"] for name in cells
-            },
-        },
-        cells=cells,
-        trials={cell: result for name in cells for cell, result in store.results(name).items()},
-        failures=[failure for name in cells for failure in store.failures(name)],
-    )
-
-
-def print_latex(output_dir: Path) -> None:
-    """Print the scores as a row of a LaTeX table in the order of the paper's Table 3.
-
-    Raises:
-        UserError: the folder is not the output of a grid, or no trial has been recorded.
-    """
-    print(latex_row(collect(recorded_config(output_dir), output_dir)))
-
-
-def _recorded(config: GridConfig, output_dir: Path) -> tuple[TrialStore, dict[str, list[Cell]]]:
-    """The storage, and the cells of the tasks that have a study there."""
-    if config.storage is None and not (output_dir / STORAGE_FILE).exists():
-        raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
-    store = TrialStore(_storage_url(config, output_dir))
-    names = store.task_names()
-    cells = {name: task_cells for name, task_cells in config.cells().items() if name in names}
-    if not cells:
-        raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
-    return store, cells
-
-
-def recorded_config(output_dir: Path) -> GridConfig:
-    """The configuration with which the grid in this folder was run.
-
-    Raises:
-        UserError: the folder is not the output of a grid.
-    """
-    if not (output_dir / CONFIG_FILE).exists():
-        raise UserError(f"{output_dir} is not the output of run_glue_grid.py: it has no {CONFIG_FILE}")
-    parser = config_parser("run_glue_grid.py", "", GridConfig)
-    return take_config(parse(parser, ["--config", str(output_dir / CONFIG_FILE)]), GridConfig)
-
-
-def print_status(output_dir: Path) -> None:
-    """Print how far the grid in this folder is; it may be running.
-
-    Raises:
-        UserError: the folder is not the output of a grid, or no trial has been recorded.
-    """
-    config = recorded_config(output_dir)
-    store, cells = _recorded(config, output_dir)
-    progress = look(store, config.tasks, cells)
-    print(f"{progress.line()}\n\n{markdown_table(*progress.table())}")
-    for attempt in progress.running:
-        print(f"running since {attempt.started:%H:%M:%S}: {attempt.cell}, {attempt.worker}")
-
-
-def _refuse_missing(results: Results, task_names: Sequence[str]) -> None:
-    missing = [{**entry} for entry in results["missing"] if entry["task_name"] in task_names]
-    if not missing:
-        return
-    causes = [(entry.pop("cause"), Cell(**entry)) for entry in missing[:_MISSING_SHOWN]]
-    shown = "; ".join(f"{cell}: {cause}" for cause, cell in causes)
-    more = f"; and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
-    raise UserError(
-        f"no median without every trial, and {len(missing)} have no result: {shown}{more}."
-        " The same command tries them again"
-    )
+    return max((max(task_cells, key=lambda cell: cell.batch_size) for task_cells in cells.values()), key=size)

@@ -33,7 +33,7 @@ class Ranks:
         """Whether this is the process that prepares and reports."""
         return self.rank == 0
 
-    def after_rank_0(self, prepare: Callable[[], None]) -> None:
+    def after_rank_0(self, prepare: Callable[[], None] = lambda: None) -> None:
         """Have rank 0 prepare, and all others wait until it has.
 
         Raises:
