@@ -14,6 +14,11 @@ DEEPSPEED = $(BIN)/deepspeed --num_gpus $(PROCESSES)
 
 setup: .venv/ready
 
+# Hugging Face's Trainer, to compare with.
+.venv/trainer: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,benchmarks]"
+	@touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $(PYTHON) is older than Python 3.11: call make with PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
@@ -50,7 +55,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 # What is too long for every run.
-test-slow: setup
+test-slow: .venv/trainer
 	$(BIN)/python -m pytest -m slow
 
 lint: setup
@@ -67,7 +72,7 @@ bench-step: setup
 
 # Fine-tuning on a CPU against Hugging Face's Trainer (an hour; give it an idle machine). MODEL is a Hugging Face folder;
 # without one there are speeds only.
-bench-glue: setup
+bench-glue: .venv/trainer
 	$(BIN)/python benchmarks/glue_trial.py --data $(DATA) $(if $(MODEL),--model $(MODEL))
 
 # What the clock costs and how exactly runs end with it (half an hour); runs that are killed (ten minutes).
@@ -79,7 +84,7 @@ bench-kills: setup
 	$(BIN)/python benchmarks/kills.py
 
 # Everything that only a GPU can show.
-bench-gpu: setup
+bench-gpu: .venv/trainer
 	$(BIN)/python benchmarks/gpu.py --record
 
 # The runs are yours: `make clean` leaves them.

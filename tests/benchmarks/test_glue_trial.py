@@ -72,8 +72,8 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_model(folder, data / "bert-base-uncased" / "vocab.txt", **SMALL, **WITHOUT_DROPOUT)
 
 
+@pytest.mark.slow
 def test_all_sides_end_with_the_same_score_where_neither_order_nor_dropout_differs(data, model) -> None:
-    pytest.importorskip("accelerate")
     rows, encoder = load_rows("stsb", data / "glue", model), Encoder(model)
     work = FineTuning("stsb", learning_rate=2e-3, batch_size=48, num_epochs=4, precision="fp32")
     sides = (Ours(), HuggingFace("max_length"), HuggingFace("longest"))
@@ -128,7 +128,6 @@ def test_a_kept_trial_is_not_run_again_and_other_settings_are(model, tmp_path) -
 
 @pytest.mark.slow
 def test_the_program_prints_ratios_and_distances(data, model, tmp_path, monkeypatch, capsys) -> None:
-    pytest.importorskip("accelerate")
     options = "--rounds 1 --rows 40 --seeds 2 --epochs 1".split()
     monkeypatch.setattr(sys, "argv", ["glue_trial.py", "--data", str(data), "--model", str(model), *options])
     glue_trial.main()
@@ -151,8 +150,8 @@ def test_scores_of_an_untrained_model_are_refused(monkeypatch, capsys) -> None:
     )
 
 
+@pytest.mark.slow
 def test_on_a_gpu_both_sides_take_turns_and_are_compared(data, model) -> None:
-    pytest.importorskip("accelerate")
     place = gpu_grid.Place(data / "glue", model, "cpu")
     figures = gpu_grid.one_at_a_time(FineTuning("cola", 1e-3, 16, 1, "bf16"), place, seeds=range(1, 3))
     for kind in ("ours", "trainer", "untrained"):

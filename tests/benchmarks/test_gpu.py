@@ -46,7 +46,6 @@ def test_the_self_check_runs_every_section_and_nothing_fails(figures) -> None:
 
 @pytest.mark.slow
 def test_the_self_check_fine_tunes_one_at_a_time_and_several_at_once(tmp_path) -> None:
-    pytest.importorskip("accelerate")
     (tmp_path / "words.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n", encoding="utf-8")
     model = make_random_model(tmp_path / "model", tmp_path / "words.txt", hidden_size=24, num_hidden_layers=1)
     figures = self_check(["grid"], "--glue-model", str(model))
