@@ -12,7 +12,7 @@ from typing import Final
 from common.errors import UserError
 from finetune.progress import look
 from finetune.study import HEARTBEAT_SECONDS, TrialStore
-from finetune.workers import CANNOT_WRITE, DEVICE_BROKEN, Assignment, MnliStart, start_worker
+from finetune.workers import CANNOT_WRITE, Assignment, MnliStart, start_worker
 
 MAX_KILLS: Final = 5  # of an attempt's workers: a person kills at random, a system short of memory again and again
 _MAX_FRUITLESS_STARTS: Final = 3
@@ -36,7 +36,8 @@ class Crew:
         self._tasks, self._cells = first.tasks, first.cells
         self._mnli = MnliStart(store, first.output_dir, first.cells)
         self._running: dict[BaseProcess, Assignment] = {}
-        self._fruitless: Counter[str] = Counter()  # starts of each worker that ended before it took a trial
+        self._taken: Counter[str] = Counter()  # trials of each worker until its last death
+        self._fruitless: Counter[str] = Counter()  # of each worker, starts in a row that ended before it took a trial
         self._next_line, self._next_look_for_stale = 0.0, 0.0
 
     def run(self, launcher: int | None) -> None:
@@ -90,9 +91,18 @@ class Crew:
             else:
                 fate = f"was killed {MAX_KILLS} times (out of memory?)" if code < 0 else f"ended with exit code {code}"
                 self._store.fail(attempt, f"its worker process {fate}")
-        if code not in (0, DEVICE_BROKEN) and not lost:
-            self._fruitless[assignment.name] += 1
-            print(f"{assignment.name} ended with exit code {code} and no trial", file=sys.stderr)
+        if code:
+            self._count_start(assignment.name, code)
+
+    def _count_start(self, worker: str, code: int) -> None:
+        """Note whether a worker that has died had taken a trial: one that never does is given up in the end."""
+        taken = self._store.num_taken(worker, self._cells)
+        if taken > self._taken[worker]:
+            self._fruitless[worker] = 0
+        else:
+            self._fruitless[worker] += 1
+            print(f"{worker} ended with exit code {code} and no trial", file=sys.stderr)
+        self._taken[worker] = taken
 
     def _show(self, last: bool = False) -> None:
         if not self._shows_progress or (time.monotonic() < self._next_line and not last):

@@ -11,10 +11,11 @@ from typing import Any, Final
 import torch
 
 from common.errors import UserError
-from common.folders import check_folder, claim_folder, only_writer, read_json, write_json
+from common.folders import check_folder, claim_folder, errors_of_writing, only_writer, read_json, write_json
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
+from finetune.kept_models import KeptModels, groups_by_start
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
 from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
 from finetune.progress import priorities
@@ -57,6 +58,7 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
     with preparation.checked():
         ranks.after_rank_0(preparation.prepare)
         _run_trials(config, cells, protocol, model, output_dir, ranks)
+        _prune_models(config, cells, output_dir)
         refuse_missing(render(config, output_dir), list(cells))
 
 
@@ -67,6 +69,17 @@ def _run_trials(
     assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
     store = TrialStore(storage_url(config, output_dir))
     Crew(store, assignments, shows_progress=ranks.coordinates).run(launcher)
+
+
+def _prune_models(config: GridConfig, cells: Cells, output_dir: Path) -> None:
+    """Remove what a worker that was killed has left of models that are not of the best configuration."""
+    store = TrialStore(storage_url(config, output_dir))
+    for name, task_cells in cells.items():
+        for start, start_cells in groups_by_start(task_cells).items():
+            if start != "random" and config.keep_models:
+                models = KeptModels(output_dir, start_cells)
+                with models.locked():
+                    models.prune(store.scores(name))
 
 
 def _select(config: GridConfig, tasks: Sequence[str]) -> dict[str, list[Cell]]:
@@ -127,13 +140,16 @@ class _Preparation:
         """Hold the output folder, once it is clear that this grid belongs there; nothing is written otherwise."""
         check_folder(self._output_dir, self._config, _MAY_CHANGE)
         if self._config.storage or (self._output_dir / STORAGE_FILE).exists():
-            store = TrialStore(storage_url(self._config, self._output_dir))
-            for name in self._cells:
-                store.check_study(name, self._fingerprint(name))
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        with only_writer(self._output_dir):
-            claim_folder(self._output_dir, self._config, _MAY_CHANGE)
-            yield
+            fingerprints = {
+                name: self._fingerprint(name) if name in self._cells else self._common_fingerprint
+                for name in self._config.cells()
+            }
+            TrialStore(storage_url(self._config, self._output_dir)).check_studies(fingerprints)
+        with errors_of_writing(self._output_dir):
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            with only_writer(self._output_dir):
+                claim_folder(self._output_dir, self._config, _MAY_CHANGE)
+                yield
 
     def prepare(self) -> None:
         """Tokenise, open the studies, and put every cell without a result into the storage."""
@@ -170,15 +186,18 @@ class _Preparation:
             for split, examples in self._data[task_name].items()
         }
 
+    @property
+    def _common_fingerprint(self) -> dict[str, Any]:
+        """What all trials have in common."""
+        return {**self._checksums, **asdict(self._protocol), "list of seeds": self._config.seeds}
+
     def _fingerprint(self, task_name: str) -> dict[str, Any]:
         """What all trials of a task have in common."""
         configurations = sorted({(cell.initialization, *cell.configuration) for cell in self._cells[task_name]})
         return {
-            **self._checksums,
+            **self._common_fingerprint,
             "task data": data_sha256(self._data[task_name]),
-            **asdict(self._protocol),
             "grid": [list(configuration) for configuration in configurations],
-            "list of seeds": self._config.seeds,
         }
 
     def _facts(self, task_name: str, num_tokens: Mapping[str, int]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The models that a grid keeps: those of each task's best configuration, one per seed."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.folders import atomic_path
+from common.folders import atomic_path, file_lock
 from common.hub import quiet_transformers
 from finetune.selection import best_cells, may_be_best, median_cell
 from finetune.trial import Cell
@@ -36,6 +37,14 @@ class KeptModels:
     def __init__(self, output_dir: Path, cells: Sequence[Cell]) -> None:
         self._output_dir, self._cells = output_dir, cells
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that keeps or removes the task's models: what one saves, another may want to remove."""
+        folder = self._output_dir / MODELS_FOLDER / self._cells[0].task_name
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder / ".lock"):
+            yield
+
     def keep(
         self,
         cell: Cell,
@@ -63,7 +72,7 @@ class KeptModels:
         for cell in self._cells:
             folder = _configuration_folder(self._output_dir, cell)
             if cell.configuration not in candidates and folder.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # another worker may be at it too
+                shutil.rmtree(folder)
 
     def median_model(self, scores: Mapping[Cell, float]) -> Path | None:
         """The folder of the best configuration's median seed; None while a cell has no score."""

@@ -103,7 +103,7 @@ def look(store: TrialStore, tasks: Mapping[str, Task], cells: Mapping[str, Seque
             num_done=sum(cell in done[name] for cell in task_cells),
             running=running[name],
             num_failures=len(store.failures(name)),
-            best=_best_median(task_cells, {cell: trial["score"] for cell, trial in done[name].items()}),
+            best=_best_median(task_cells, store.scores(name)),
         )
         for name, task_cells in cells.items()
     }

@@ -112,37 +112,38 @@ class TrialStore:
     # --- studies ---
 
     def task_names(self) -> list[str]:
-        """The tasks that have a study."""
-        return [study.study_name for study in self._storage.get_all_studies()]
+        """The tasks whose study has been opened."""
+        return [study.study_name for study in self._storage.get_all_studies() if "facts" in study.user_attrs]
 
-    def check_study(self, task_name: str, fingerprint: Mapping[str, Any]) -> None:
-        """Refuse a study with another fingerprint, and write nothing.
+    def check_studies(self, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a storage that holds anything else, and write nothing.
+
+        Args:
+            fingerprints: for each task that may have a study here, what its trials must have in common.
 
         Raises:
-            UserError: the recorded trials of ``task_name`` were made with another fingerprint.
+            UserError: recorded trials were made with another fingerprint, or are of no task of these.
         """
-        if task_name not in self.task_names():
-            return
-        recorded = self._study(task_name).user_attrs.get("fingerprint", fingerprint)
-        different = [name for name in fingerprint if recorded.get(name) != fingerprint[name]]
-        if different:
-            raise UserError(
-                f"the recorded trials of {task_name} were run with another {' and another '.join(different)}:"
-                " give another --output_dir and storage, or what they were run with"
-            )
+        for study in self._storage.get_all_studies():
+            name, recorded = study.study_name, study.user_attrs.get("fingerprint")
+            if name not in fingerprints or (recorded is None and self._trials(name)):
+                raise UserError(f"the storage holds a study '{name}' of something else: give this grid one of its own")
+            expected = fingerprints[name]
+            different = [key for key in expected if recorded is not None and recorded.get(key) != expected[key]]
+            if different:
+                raise UserError(
+                    f"the recorded trials of {name} were run with another {' and another '.join(different)}:"
+                    " give another --output_dir and storage, or what they were run with"
+                )
 
     def open_study(self, task_name: str, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Create or reopen a task's study.
 
         Args:
             task_name: the study's name.
-            fingerprint: what all its trials have in common; a study with another one is refused.
+            fingerprint: what all its trials have in common, checked before.
             facts: what reports tell about it.
-
-        Raises:
-            UserError: the study was made with another fingerprint.
         """
-        self.check_study(task_name, fingerprint)
         study = optuna.create_study(
             storage=self._storage, study_name=task_name, direction="maximize", load_if_exists=True
         )
@@ -218,6 +219,11 @@ class TrialStore:
         """What a worker has claimed and not ended: one trial, or none."""
         return [attempt for attempt in self.running(task_names) if attempt.worker == worker]
 
+    def num_taken(self, worker: str, task_names: Iterable[str]) -> int:
+        """How many trials a worker has claimed so far."""
+        trials = [trial for task_name in task_names for trial in self._trials(task_name)]
+        return sum(trial.user_attrs.get("worker") == worker for trial in trials)
+
     def give_back(self, attempt: Attempt) -> None:
         """Let a trial whose worker was killed wait again: that is no fault of its own."""
         with self._exclusive():
@@ -259,6 +265,10 @@ class TrialStore:
         trials = self._trials(task_name, TrialState.COMPLETE)
         return {_cell(task_name, trial): trial.user_attrs["result"] for trial in trials}
 
+    def scores(self, task_name: str) -> dict[Cell, float]:
+        """The score of each finished cell."""
+        return {_cell(task_name, trial): trial.value for trial in self._trials(task_name, TrialState.COMPLETE)}
+
     def failures(self, task_name: str) -> list[tuple[Cell, str]]:
         """Every attempt that failed of itself, with its cause; an interrupted one has none."""
         trials = self._trials(task_name, TrialState.FAIL)
@@ -272,7 +282,8 @@ class TrialStore:
         return optuna.load_study(storage=self._storage, study_name=task_name)
 
     def _trials(self, task_name: str, *states: TrialState) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study_id(task_name), deepcopy=False, states=states)
+        """Those in one of these states; all where none is named."""
+        return self._storage.get_all_trials(self._study_id(task_name), deepcopy=False, states=states or None)
 
     def _trial_id(self, task_name: str, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id(task_name), number)

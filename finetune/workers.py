@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
+from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
 from finetune.config import MNLI
@@ -116,23 +117,24 @@ class Worker:
         else:
             self._record(attempt, result, classifier)
 
-    def _record(self, attempt: Attempt, result: dict[str, Any], classifier: torch.nn.Module) -> None:
+    def _record(self, attempt: Attempt, result: dict[str, Any], classifier: PreTrainedModel) -> None:
         """Save the model, record the trial, and only then let go of models that are no longer among the best."""
         cell = attempt.cell
+        facts = {"attempt": attempt.attempt, "worker": self._assignment.name, "versions": self._versions}
+        result = {**result, **facts, "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        if not self._assignment.keep_models or cell.initialization == "random":
+            self._store.finish(attempt, result)
+            return
         start = groups_by_start(self._assignment.cells[cell.task_name])[cell.initialization]
         models = KeptModels(self._assignment.output_dir, start)
-        scores = {other: trial["score"] for other, trial in self._store.results(cell.task_name).items()}
-        scores[cell] = result["score"]
-        is_kept = self._assignment.keep_models and cell.initialization != "random"
-        if is_kept:
-            try:
-                models.keep(cell, scores, classifier, self._tokenizer)
-            except OSError as error:
-                _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
-        facts = {"attempt": attempt.attempt, "worker": self._assignment.name, "versions": self._versions}
-        finished_at = datetime.now(UTC).isoformat(timespec="seconds")
-        if self._store.finish(attempt, {**result, **facts, "finished_at": finished_at}) and is_kept:
-            models.prune(scores)
+        try:
+            with models.locked():
+                scores = self._store.scores(cell.task_name)
+                models.keep(cell, {**scores, cell: result["score"]}, classifier, self._tokenizer)
+                self._store.finish(attempt, result)
+                models.prune(self._store.scores(cell.task_name))
+        except OSError as error:
+            _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
 
     def _data_of(self, task_name: str) -> dict[str, DeviceSplit]:
         if task_name not in self._data:
@@ -159,8 +161,7 @@ class MnliStart:
 
     def folder(self) -> Path | None:
         """The median seed's model of MNLI's best configuration; None while it isn't known or isn't here."""
-        scores = {cell: trial["score"] for cell, trial in self._store.results(MNLI).items()}
-        folder = self._models.median_model(scores)
+        folder = self._models.median_model(self._store.scores(MNLI))
         return folder if folder is not None and folder.is_dir() else None
 
     def encoder(self) -> Encoder:

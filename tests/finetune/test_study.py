@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
 from common.errors import UserError
@@ -120,11 +121,28 @@ def test_a_failing_cell_is_tried_twice_in_a_run_and_again_in_the_next(store: Tri
     assert fail_all() == 2
 
 
-def test_a_study_of_something_else_is_refused_with_the_difference_named(store: TrialStore, tmp_path: Path):
+def test_a_storage_of_something_else_is_refused_with_the_difference_named(store: TrialStore, tmp_path: Path):
     other = {**FINGERPRINT, "model weights": "xyz"}
     with pytest.raises(UserError, match=r"rte were run with another model weights: give another --output_dir"):
-        open_store(tmp_path).open_study("rte", other, {})
-    open_store(tmp_path).open_study("rte", FINGERPRINT, {})
+        open_store(tmp_path).check_studies({"rte": other, "cola": FINGERPRINT})
+    with pytest.raises(UserError, match="'rte' of something else"):
+        open_store(tmp_path).check_studies({"cola": FINGERPRINT})
+    open_store(tmp_path).check_studies({"rte": FINGERPRINT, "cola": other})
+
+
+def test_another_programs_study_is_refused_and_left_alone(tmp_path: Path):
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    study = optuna.create_study(storage=url, study_name="rte")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(UserError, match="'rte' of something else"):
+        TrialStore(url).check_studies({"rte": FINGERPRINT})
+    assert optuna.load_study(storage=url, study_name="rte").user_attrs == {}
+
+
+def test_stores_that_are_opened_at_once_make_one_storage(tmp_path: Path):
+    with ThreadPoolExecutor(6) as pool:
+        stores = list(pool.map(lambda _: open_store(tmp_path), range(6)))
+    assert [store.task_names() for store in stores] == [[]] * 6
 
 
 def test_a_storage_that_cannot_be_opened_is_told_in_one_line(tmp_path: Path):
