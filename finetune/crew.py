@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from typing import Final
 
 from common.errors import UserError
+from common.process_tree import is_broken, launcher_chain
 from finetune.progress import look
 from finetune.study import HEARTBEAT_SECONDS, TrialStore
 from finetune.workers import CANNOT_WRITE, Assignment, MnliStart, start_worker
@@ -40,17 +41,17 @@ class Crew:
         self._fruitless: Counter[str] = Counter()  # of each worker, starts in a row that ended before it took a trial
         self._next_line, self._next_look_for_stale = 0.0, 0.0
 
-    def run(self, launcher: int | None) -> None:
+    def run(self) -> None:
         """Until no trial of these tasks waits or runs, here or on another machine.
 
-        Args:
-            launcher: the process that started this one, with which it ends; None if it may outlive that one.
+        Under a launcher this process ends as soon as the launcher does, so that no orphan goes on.
 
         Raises:
             UserError: a worker can't write to the output folder.
         """
+        launchers = launcher_chain()
         while self._is_work_left():
-            if launcher is not None and os.getppid() != launcher:
+            if is_broken(launchers):
                 os._exit(1)
             self._show()
             multiprocessing.connection.wait([process.sentinel for process in self._running], timeout=_POLL_SECONDS)

@@ -65,10 +65,9 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
 def _run_trials(
     config: GridConfig, cells: dict[str, list[Cell]], protocol: Protocol, model: str, output_dir: Path, ranks: Ranks
 ) -> None:
-    launcher = os.getppid() if ranks.launched else None
     assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
     store = TrialStore(storage_url(config, output_dir))
-    Crew(store, assignments, shows_progress=ranks.coordinates).run(launcher)
+    Crew(store, assignments, shows_progress=ranks.coordinates).run()
 
 
 def _prune_models(config: GridConfig, cells: Cells, output_dir: Path) -> None:
@@ -132,7 +131,10 @@ class _Preparation:
         self._tokenizer = load_tokenizer(self._model_folder)
         check_model(self._model_folder, self._tokenizer, config.max_seq_length)
         require_files([(config.tasks[name], split) for name in cells for split in config.tasks[name].splits], glue_dir)
-        self._data = {name: _read(config, name, glue_dir) for name in cells}
+        self._data = {name: read_task(config.tasks[name], glue_dir) for name in cells}
+        self._limited_rows = {name: len(self._data[name]["train"]) for name in config.max_train_rows if name in cells}
+        for name in self._limited_rows:
+            self._data[name]["train"] = _first_rows(self._data[name]["train"], config.max_train_rows[name])
         self._checksums = model_fingerprint(self._model_folder)
 
     @contextlib.contextmanager
@@ -207,17 +209,14 @@ class _Preparation:
             "model_sha256": self._checksums["model weights"],
             "protocol": asdict(self._protocol),
             "rows": {split: len(examples) for split, examples in self._data[task_name].items()},
+            "limited_rows": {"train": self._limited_rows[task_name]} if task_name in self._limited_rows else {},
             "num_tokens": num_tokens,
         }
 
 
-def _read(config: GridConfig, task_name: str, glue_dir: Path | None) -> dict[str, Examples]:
-    data = read_task(config.tasks[task_name], glue_dir)
-    if task_name in config.max_train_rows:
-        rows, train = config.max_train_rows[task_name], data["train"]
-        first_sentences = tuple(column[:rows] for column in train.sentences)
-        data["train"] = replace(train, sentences=first_sentences, labels=train.labels[:rows])
-    return data
+def _first_rows(examples: Examples, num_rows: int) -> Examples:
+    sentences = tuple(column[:num_rows] for column in examples.sentences)
+    return replace(examples, sentences=sentences, labels=examples.labels[:num_rows])
 
 
 def _model_name(folder: Path, model: str) -> str:

@@ -56,6 +56,7 @@ def collect(config: GridConfig, output_dir: Path) -> Results:
             **{name: first[name] for name in ("model", "model_sha256", "protocol")},
             "mnli_init": config.mnli_init,
             "rows": {name: facts[name]["rows"] for name in cells},
+            "limited_rows": {name: facts[name]["limited_rows"] for name in cells},
             "tokens_per_row": {
                 name: facts[name]["num_tokens"]["train"] / facts[name]["rows"]["train"] for name in cells
             },

@@ -50,8 +50,9 @@ def make_results(
 
     Args:
         tasks: the tasks by name, at least those of ``cells``.
-        facts: ``model``, ``model_sha256``, ``mnli_init`` (false, true or "both"), ``protocol``, ``rows`` (a count for
-            each split of each task) and ``tokens_per_row`` (a mean for each task).
+        facts: ``model``, ``model_sha256``, ``mnli_init`` (false, true or "both"), ``protocol``, and for each task
+            ``rows`` (a count for each split), ``limited_rows`` (of splits cut short, how many rows there are) and
+            ``tokens_per_row`` (a mean).
         cells: the grid of each task that is reported.
         trials: the results of the finished cells.
         failures: the attempts that failed, with their cause.
@@ -80,8 +81,9 @@ def make_results(
 
 
 def _task_facts(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
+    limited = facts["limited_rows"][task.task_name]
     rows = {
-        split: {"used": used, "official": task.official_rows.get(split)}
+        split: {"used": used, "official": task.official_rows.get(split, limited.get(split))}
         for split, used in facts["rows"][task.task_name].items()
     }
     official_dev = all(rows[split]["used"] == rows[split]["official"] for split in task.evaluation_splits)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
-from pretrain.process_tree import is_broken, launcher_chain
+from common.process_tree import is_broken, launcher_chain
 
 SLURM_END, LAUNCHER_DIED = "slurm_end", "launcher_died"
 _SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM)

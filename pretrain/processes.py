@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.folders import write_text
-from pretrain.process_tree import start_time
+from common.process_tree import start_time
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _LOOK_SECONDS = 0.02

@@ -20,7 +20,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.folders import write_json
-from pretrain.process_tree import is_alive, pid_namespace, start_time
+from common.process_tree import is_alive, pid_namespace, start_time
 from pretrain.processes import Processes
 from pretrain.run_record import STATUS_FILE
 

@@ -90,6 +90,7 @@ def results_of(
         "mnli_init": False,
         "protocol": PROTOCOL,
         "rows": used,
+        "limited_rows": {name: {} for name in cells},
         "tokens_per_row": dict.fromkeys(cells, 31.4),
         **facts,
     }
