@@ -1,6 +1,7 @@
 """What a grid is: its tasks, its values, its seeds, and what all trials have in common."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         _check_axis("seeds", self.seeds, smallest=0, largest=2**31 - 1)
-        if self.storage and re.search(r"://[^/@]*:[^/@]*@", self.storage):
+        if self.storage and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", self.storage):
             raise ValueError(
                 "storage holds a password, which would be written into the output folder: leave it out of the URL and "
                 "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
@@ -83,7 +84,7 @@ class GridConfig:
         for name, rows in self.max_train_rows.items():
             if name not in self.task_names or rows < 1:
                 raise ValueError(f"max_train_rows has '{name}: {rows}': it takes tasks of the grids and 1 or more rows")
-        if self.max_seq_length < 8 or self.weight_decay < 0:
+        if self.max_seq_length < 8 or not 0 <= self.weight_decay < math.inf:
             raise ValueError("max_seq_length must be 8 or more, weight_decay 0 or more")
         if (self.num_workers or 1) < 1 or (self.trials_per_gpu != "auto" and self.trials_per_gpu < 1):
             raise ValueError("num_workers and trials_per_gpu must be 1 or more")
@@ -94,8 +95,8 @@ class GridConfig:
         for index, grid in enumerate(self.grids):
             for name, smallest, largest in (
                 ("learning_rate", 1e-12, 1),
-                ("batch_size", 1, 2**31),
-                ("num_epochs", 1, 2**31),
+                ("batch_size", 1, 1_000_000),
+                ("num_epochs", 1, 1_000_000),
             ):
                 _check_axis(f"grids[{index}].{name}", getattr(grid, name), smallest, largest)
             if not grid.tasks:
@@ -144,5 +145,6 @@ def _check_axis(name: str, values: Sequence[float], smallest: float, largest: fl
         raise ValueError(f"{name} is empty: give at least one value")
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {values}")
-    if min(values) < smallest or max(values) > largest:
-        raise ValueError(f"{name} has {min(values)} to {max(values)}: possible are {smallest:g} to {largest:g}")
+    wrong = [value for value in values if not smallest <= value <= largest]  # NaN is no value between two others
+    if wrong:
+        raise ValueError(f"{name} has {wrong[0]}: possible are {smallest:g} to {largest:g}")

@@ -61,6 +61,7 @@ class Crew:
 
     def _is_work_left(self) -> bool:
         """Start workers for what can be claimed; False when nothing waits that this machine could run, nor runs."""
+        was_running = bool(self._store.running(self._cells))  # asked twice: what runs may come to wait meanwhile
         if time.monotonic() >= self._next_look_for_stale:
             self._store.give_back_stale(self._cells)
             self._next_look_for_stale = time.monotonic() + HEARTBEAT_SECONDS
@@ -71,7 +72,7 @@ class Crew:
         ]
         for assignment in idle[: self._num_claimable() if idle else 0]:
             self._running[start_worker(assignment)] = assignment
-        return bool(self._running) or bool(self._store.running(self._cells))
+        return was_running or bool(self._running) or bool(self._store.running(self._cells))
 
     def _num_claimable(self) -> int:
         mnli_is_ready = self._mnli.is_ready()
@@ -88,7 +89,7 @@ class Crew:
         lost = self._store.running_of(assignment.name, self._cells)
         for attempt in lost:
             if code < 0 and attempt.kills + 1 < MAX_KILLS:
-                self._store.give_back(attempt)
+                self._store.give_back(attempt, kills=1)
             else:
                 fate = f"was killed {MAX_KILLS} times (out of memory?)" if code < 0 else f"ended with exit code {code}"
                 self._store.fail(attempt, f"its worker process {fate}")

@@ -17,12 +17,12 @@ from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
 from finetune.kept_models import KeptModels, groups_by_start
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
-from finetune.placement import Probe, cpu_workers, devices, trials_per_gpu
+from finetune.placement import Probe, cpu_workers, devices, threads_per_worker, trials_per_gpu
 from finetune.progress import priorities
 from finetune.ranks import Ranks, this_rank
-from finetune.recorded import STORAGE_FILE, refuse_missing, render, storage_url
+from finetune.recorded import refuse_missing, render, storage_url
 from finetune.report import PRETRAINING_FILE
-from finetune.study import TrialStore
+from finetune.study import TrialStore, sqlite_file
 from finetune.tokens import load_tokens, tokenize_split
 from finetune.trial import Cell, Precision, Protocol
 from finetune.workers import Assignment
@@ -141,7 +141,8 @@ class _Preparation:
     def checked(self):
         """Hold the output folder, once it is clear that this grid belongs there; nothing is written otherwise."""
         check_folder(self._output_dir, self._config, _MAY_CHANGE)
-        if self._config.storage or (self._output_dir / STORAGE_FILE).exists():
+        file = sqlite_file(storage_url(self._config, self._output_dir))
+        if file is None or file.exists():
             fingerprints = {
                 name: self._fingerprint(name) if name in self._cells else self._common_fingerprint
                 for name in self._config.cells()
@@ -249,7 +250,7 @@ def _assignments(
             Probe(model_folder, protocol, tasks[cell.task_name], cell, train_folder, device), output_dir
         )
     places = devices(per_gpu, on_cpu, ranks)
-    num_cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
+    num_threads = threads_per_worker(len(places), output_dir, ranks)
     return [
         Assignment(
             name=f"{socket.gethostname()} {os.getpid()} worker {index}",
@@ -261,7 +262,7 @@ def _assignments(
             tasks=tasks,
             cells=cells,
             split_folders=folders,
-            num_threads=max(1, num_cores // len(places)),
+            num_threads=num_threads,
             device=device,
         )
         for index, device in enumerate(places)

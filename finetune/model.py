@@ -60,15 +60,22 @@ def check_model(folder: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length
         UserError: configuration or weights are damaged, or do not fit the tokenizer or ``max_seq_length``.
     """
     read_encoder_weights(folder)
-    config = AutoConfig.from_pretrained(folder)
+    classifier, _ = _read_classifier(folder)
+    config = classifier.config
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no padding token, so this is no BERT-style encoder")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}")
-    # RoBERTa has two positions more than it can use; its tokenizer knows.
-    longest = min(getattr(config, "max_position_embeddings", max_seq_length), tokenizer.model_max_length)
+    longest = getattr(config, "max_position_embeddings", max_seq_length)
     if max_seq_length > longest:
         raise UserError(f"max_seq_length is {max_seq_length}, but {folder} has positions for {longest} tokens")
+    token_id = next(index for index in range(len(tokenizer)) if index not in tokenizer.all_special_ids)
+    try:
+        with torch.inference_mode():
+            classifier.eval()(input_ids=torch.full((1, max_seq_length), token_id))
+    except (IndexError, RuntimeError) as error:  # RoBERTa has two positions more than it can use
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} can't take max_seq_length {max_seq_length} ({reason}): lower it") from None
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
@@ -77,6 +84,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
         "model weights": weight_files(folder),
         "model configuration": [folder / "config.json"],
         "tokenizer": [path for name in _TOKENIZER_FILES if (path := folder / name).is_file()],
+        "tokenizer configuration": [path for path in [folder / "tokenizer_config.json"] if path.is_file()],
     }
     return {part: _sha256(paths) for part, paths in files.items()}
 
@@ -119,22 +127,27 @@ def _head_config(task: Task) -> dict[str, Any]:
 
 
 def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What the folder holds of a classifier: everything but the head, which every trial draws anew.
+    """What the folder holds of a classifier, but for the layers that classify, which every trial draws anew.
 
     Raises:
         UserError: the files are damaged, or parts of the encoder itself are missing, so that it would not be
             pretrained.
     """
-    try:
-        with quiet_transformers():
-            classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"the model in {folder} does not load: {str(error).splitlines()[0]}") from None
-    missing = set(info["missing_keys"])
+    classifier, missing = _read_classifier(folder)
     prefix = f"{classifier.base_model_prefix}."
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
         raise UserError(f"{folder} lacks {len(lost)} weights of its own encoder (such as {lost[0]})")
-    # A head of another task is left behind too: every trial draws its own.
     weights = classifier.state_dict()
-    return {key: weights[key] for key in weights if key.startswith(prefix) and key not in missing}
+    # ModernBERT's "head" is what other models have as a pooler: pretrained, and in front of what classifies.
+    return {key: weights[key] for key in weights if key.startswith((prefix, "head.")) and key not in missing}
+
+
+def _read_classifier(folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    """A classifier with all weights of the folder, and the names of those that are missing there and were drawn."""
+    try:
+        with quiet_transformers():
+            classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"the model in {folder} does not load: {str(error).splitlines()[0]}") from None
+    return classifier, set(info["missing_keys"])

@@ -154,6 +154,17 @@ def cpu_workers(num_parameters: int, ranks: Ranks) -> int:
     return max(1, min(cores, int(fitting)))
 
 
+def threads_per_worker(num_workers: int, output_dir: Path, ranks: Ranks) -> int:
+    """The cores shared out; what the folder's first start has found stays, because scores depend on it a little."""
+    file = output_dir / _PLACEMENT_FILE
+    known = read_json(file, "how trials were placed; delete it to decide again") if file.exists() else {}
+    if "threads_per_worker" not in known:
+        cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
+        known["threads_per_worker"] = max(1, cores // num_workers)
+        write_json(file, known)
+    return known["threads_per_worker"]
+
+
 def devices(trials_per_gpu: int, num_workers: int, ranks: Ranks) -> list[str]:
     """The device of each worker of this process: its own GPU's, or all GPUs' in turn, or the CPU."""
     if not torch.cuda.is_available():

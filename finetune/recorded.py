@@ -13,7 +13,7 @@ from finetune.progress import look
 from finetune.report import write_report
 from finetune.results import Results, make_results
 from finetune.score_tables import latex_row, score_tables
-from finetune.study import TrialStore
+from finetune.study import TrialStore, sqlite_file
 from finetune.trial import Cell
 
 RESULTS_FILE: Final = "results.json"
@@ -78,7 +78,8 @@ def print_latex(output_dir: Path) -> None:
 
 def _recorded(config: GridConfig, output_dir: Path) -> tuple[TrialStore, dict[str, list[Cell]]]:
     """The storage, and the cells of the tasks that have a study there."""
-    if config.storage is None and not (output_dir / STORAGE_FILE).exists():
+    file = sqlite_file(storage_url(config, output_dir))
+    if file is not None and not file.exists():
         raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
     store = TrialStore(storage_url(config, output_dir))
     names = store.task_names()

@@ -123,7 +123,8 @@ def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict
     ``metrics_std`` are of the epoch that scores. Of equal medians the first in the grid's order wins.
     """
     score_of = {cell: trials[cell]["score"] for cell in cells}
-    chosen = sorted(best_cells(cells, score_of), key=lambda cell: cell.seed)
+    best = best_cells(cells, score_of)
+    chosen = sorted(best, key=lambda cell: cell.seed)
     scores = [score_of[cell] for cell in chosen]
     return {
         "initialization": chosen[0].initialization,
@@ -135,7 +136,7 @@ def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict
         "max": max(scores),
         "min": min(scores),
         "scores": scores,
-        "median_seed": median_cell(chosen, score_of).seed,
+        "median_seed": median_cell(best, score_of).seed,
         "metrics": _over_seeds(task, [trials[cell] for cell in chosen], statistics.median),
         "metrics_std": _over_seeds(task, [trials[cell] for cell in chosen], _deviation),
         "num_configurations": len(by_configuration(cells)),

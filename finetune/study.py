@@ -50,10 +50,23 @@ class Attempt:
     attempt: int
     priority: float
     kills: int = 0
-    """How often it has been interrupted."""
+    """How often its worker alone was killed while it ran."""
     worker: str | None = None
     started: datetime | None = None
     """When it was claimed, by the clock of the machine that claimed it."""
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite storage; None of another one.
+
+    Raises:
+        UserError: the URL is none.
+    """
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError as error:
+        raise UserError(f"storage {url} is no URL of a storage: {error}") from None
+    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 class TrialStore:
@@ -192,7 +205,8 @@ class TrialStore:
 
         def beat() -> None:
             while not ended.wait(self._heartbeat_seconds):
-                self._storage.record_heartbeat(trial_id)
+                with contextlib.suppress(optuna.exceptions.StorageInternalError):  # the database may be back next time
+                    self._storage.record_heartbeat(trial_id)
             self._storage.remove_session()
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -224,11 +238,11 @@ class TrialStore:
         trials = [trial for task_name in task_names for trial in self._trials(task_name)]
         return sum(trial.user_attrs.get("worker") == worker for trial in trials)
 
-    def give_back(self, attempt: Attempt) -> None:
-        """Let a trial whose worker was killed wait again: that is no fault of its own."""
+    def give_back(self, attempt: Attempt, kills: int = 0) -> None:
+        """Let an interrupted trial wait again, which is no fault of its own, with so many kills more on its account."""
         with self._exclusive():
             if self._end(attempt, TrialState.FAIL):
-                _wait_again(self._study(attempt.cell.task_name), attempt)
+                _wait_again(self._study(attempt.cell.task_name), attempt, kills)
 
     def give_back_stale(self, task_names: Iterable[str]) -> None:
         """:meth:`give_back` running trials that have shown no sign of life for too long."""
@@ -306,10 +320,10 @@ def _attempt(task_name: str, trial: FrozenTrial) -> Attempt:
     )
 
 
-def _wait_again(study: optuna.Study, interrupted: Attempt) -> None:
+def _wait_again(study: optuna.Study, interrupted: Attempt, kills: int = 0) -> None:
     """Put the same attempt into the storage once more."""
     cell, priority, attempt = interrupted.cell, interrupted.priority, interrupted.attempt
-    study.add_trial(_waiting_trial(cell, priority, attempt, interrupted.kills + 1))
+    study.add_trial(_waiting_trial(cell, priority, attempt, interrupted.kills + kills))
 
 
 def _waiting_trial(cell: Cell, priority: float, attempt: int, kills: int = 0) -> FrozenTrial:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
@@ -108,14 +109,18 @@ class Worker:
             data = self._data_of(cell.task_name)
             result, classifier = run_trial(task, cell, protocol, encoder, data, self._device)
         except (TrialFailure, torch.OutOfMemoryError, MemoryError) as error:
-            self._store.fail(attempt, _one_line(error))
-            self._free_memory()
+            failure, device_is_broken = _one_line(error), False
         except Exception as error:  # a trial may fail in any way; the grid goes on
-            self._store.fail(attempt, _one_line(error))
-            if self._device.type == "cuda":  # no later trial could use this process's GPU context
-                _leave(DEVICE_BROKEN, f"{cell}: {_one_line(error)}")
+            # No later trial could use this process's GPU context.
+            failure, device_is_broken = _one_line(error), self._device.type == "cuda"
         else:
             self._record(attempt, result, classifier)
+            return
+        # Outside of the handlers, where the error held on to the trial's memory.
+        self._free_memory()
+        self._store.fail(attempt, failure)
+        if device_is_broken:
+            _leave(DEVICE_BROKEN, f"{cell}: {failure}")
 
     def _record(self, attempt: Attempt, result: dict[str, Any], classifier: PreTrainedModel) -> None:
         """Save the model, record the trial, and only then let go of models that are no longer among the best."""
@@ -133,7 +138,7 @@ class Worker:
                 models.keep(cell, {**scores, cell: result["score"]}, classifier, self._tokenizer)
                 self._store.finish(attempt, result)
                 models.prune(self._store.scores(cell.task_name))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter of a full disk
             _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
 
     def _data_of(self, task_name: str) -> dict[str, DeviceSplit]:

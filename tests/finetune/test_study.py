@@ -81,7 +81,7 @@ def test_nothing_waiting_running_or_finished_is_enqueued_again(store: TrialStore
 def test_a_trial_whose_worker_was_killed_waits_again_and_counts_as_no_failure(store: TrialStore):
     interrupted = store.claim(["rte"], "worker 0")
     (running,) = store.running_of("worker 0", ["rte"])
-    store.give_back(running)
+    store.give_back(running, kills=1)
     assert store.failures("rte") == []
     assert sorted(waiting(store), key=str) == sorted(CELLS, key=str)
     again = next(attempt for attempt in claim_all(store) if attempt.cell == interrupted.cell)
