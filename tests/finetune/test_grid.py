@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from common.cli import config_parser, parse, run, take_config
 from common.folders import only_writer
 from finetune.config import GridConfig
 from run_glue_grid import main
-from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, outcome, output_of, write_config
+from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, elsewhere, outcome, output_of, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -68,6 +69,33 @@ def test_the_report_command_renders_the_same_results(finished_grid: list[str], t
     assert "SST-2 (accuracy)" in (copy / "report.md").read_text()
 
 
+def test_status_tells_what_is_done_and_the_best_so_far(finished_grid: list[str], capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    finetune_commands.status([str(output_of(finished_grid))])
+    line, table = capsys.readouterr().out.split("\n\n")
+    best = outcome(output_of(finished_grid))["tasks"]["sst2"]["median"]
+    assert line.startswith(f"{NUM_TRIALS} of {NUM_TRIALS} trials done, 0 running, 0 s left; best medians so far: ")
+    assert f"SST-2 {100 * best:.1f}" in line
+    assert f"| SST-2 | {NUM_TRIALS // 2} | {NUM_TRIALS // 2} | 0 | 0 | {100 * best:.1f} |" in table
+
+
+def test_another_model_is_refused_for_any_task(
+    finished_grid: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Not only for the tasks that have been run with this one: a table has one model."""
+    output_dir, other = tmp_path / "G", tmp_path / "hf"
+    shutil.copytree(output_of(finished_grid), output_dir)
+    shutil.copytree(model_folder, other)
+    (other / "tokenizer_config.json").write_text(
+        (other / "tokenizer_config.json").read_text().replace("{", '{"added": 1,', 1)
+    )
+    with sqlite3.connect(output_dir / "trials.db") as database:
+        database.execute("delete from studies where study_name = 'stsb'")
+    argv = elsewhere(finished_grid, output_dir)
+    argv = [str(other) if argument == str(model_folder) else argument for argument in argv]
+    assert "sst2 were run with another tokenizer configuration" in refusal([*argv, "--tasks", "stsb"], capsys)
+
+
 def test_another_model_is_refused_and_nothing_recorded_changes(
     finished_grid: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -75,11 +103,10 @@ def test_another_model_is_refused_and_nothing_recorded_changes(
     shutil.copytree(model_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
-    how_run_last = ("config.yaml", "provenance.json")
-    recorded = {name: data for name, data in content(output_of(finished_grid)).items() if name not in how_run_last}
+    recorded = content(output_of(finished_grid))
     argv = [str(other) if argument == str(model_folder) else argument for argument in finished_grid]
     assert "another model configuration" in refusal(argv, capsys)
-    assert {name: content(output_of(finished_grid))[name] for name in recorded} == recorded
+    assert content(output_of(finished_grid)) == recorded
 
 
 def test_two_runs_never_work_in_one_folder(finished_grid: list[str], capsys: pytest.CaptureFixture[str]):
