@@ -90,7 +90,9 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _sha256(paths: list[Path]) -> str:
-    return hashlib.sha256("".join(sha256_of_file(path) for path in paths).encode()).hexdigest()
+    """Of one file its own; of several that of their checksums."""
+    checksums = [sha256_of_file(path) for path in paths]
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 class Encoder:
