@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -138,7 +138,7 @@ class _Preparation:
         self._checksums = model_fingerprint(self._model_folder)
 
     @contextlib.contextmanager
-    def checked(self):
+    def checked(self) -> Iterator[None]:
         """Hold the output folder, once it is clear that this grid belongs there; nothing is written otherwise."""
         check_folder(self._output_dir, self._config, _MAY_CHANGE)
         file = sqlite_file(storage_url(self._config, self._output_dir))
