@@ -31,9 +31,9 @@ def best_cells(cells: Sequence[Cell], scores: Mapping[Cell, float]) -> list[Cell
 
 
 def median_cell(cells: Sequence[Cell], scores: Mapping[Cell, float]) -> Cell:
-    """Of one configuration's cells the one with the median score (the lower one of two); of equals the first."""
+    """Of one configuration's cells the one with the median score (the lower one of two); of equals the lowest seed."""
     median = statistics.median_low(scores[cell] for cell in cells)
-    return next(cell for cell in cells if scores[cell] == median)
+    return min((cell for cell in cells if scores[cell] == median), key=lambda cell: cell.seed)
 
 
 def may_be_best(cells: Sequence[Cell], scores: Mapping[Cell, float]) -> set[Configuration]:
