@@ -1,7 +1,8 @@
 """Ranks that a launcher (deepspeed, torchrun) started: each runs trials, and rank 0 prepares and reports for all."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -42,12 +43,18 @@ class Ranks:
         if not self.launched:
             prepare()
             return
-        try:
+        with self._meeting():
             dist.init_process_group("gloo", timeout=_LONGEST_PREPARATION)
-            if self.coordinates:
-                prepare()
+        if self.coordinates:
+            prepare()
+        with self._meeting():
             dist.barrier()
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # torch's errors of stores and connections
             reason = str(error).splitlines()[0]
             raise UserError(f"rank {self.rank} of {self.world_size} has lost the others ({reason})") from None

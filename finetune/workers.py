@@ -103,9 +103,9 @@ class Worker:
 
     def _run(self, attempt: Attempt) -> None:
         cell = attempt.cell
-        encoder = self._mnli.encoder() if cell.initialization == "mnli" else self._encoder
         task, protocol = self._assignment.tasks[cell.task_name], self._assignment.protocol
         try:
+            encoder = self._mnli.encoder() if cell.initialization == "mnli" else self._encoder
             data = self._data_of(cell.task_name)
             result, classifier = run_trial(task, cell, protocol, encoder, data, self._device)
         except (TrialFailure, torch.OutOfMemoryError, MemoryError) as error:
