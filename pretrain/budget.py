@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -62,6 +62,7 @@ class Budget:
         spent_before: seconds that earlier parts of the run have spent, by activity.
         durations: how long things took them (``starting``, ``first_step``, ``step``), until this part knows better.
         steps_in_flight: steps that are queued on the device while the next one is decided on.
+        pause_at: share of the run at which this part of it ends; None for its end.
         clock: monotonic seconds.
     """
 
@@ -73,11 +74,15 @@ class Budget:
         spent_before: dict[str, float] | None = None,
         durations: Mapping[str, float] = MappingProxyType({}),
         steps_in_flight: int = 0,
+        pause_at: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert (seconds is None) != (max_steps is None)
         self.seconds = seconds
         self.max_steps = max_steps
+        self.pauses = pause_at is not None
+        """Whether this part of the run ends with a pause."""
+        self._end = (pause_at if self.pauses else 1.0) * self.total
         self._schedule_scale = schedule_scale
         self._spent = dict.fromkeys(ACTIVITIES, 0.0) | (spent_before or {})
         self._spent_on_earlier_starts = self._spent["starting"]
@@ -190,12 +195,12 @@ class Budget:
         return self._steps_in_flight + 1
 
     def has_room_for(self, step: int, extra_seconds: float = 0.0) -> bool:
-        """Whether one more step, and ``extra_seconds`` of other work, end within the budget."""
+        """Whether one more step, and ``extra_seconds`` of other work, end within this part of the run."""
         if self._is_over:
             return False
         if self.max_steps is not None:
-            return step < self.max_steps
-        return self.elapsed() + self._pending_steps * self.step_seconds + extra_seconds < self.seconds
+            return step < self._end
+        return self.elapsed() + self._pending_steps * self.step_seconds + extra_seconds < self._end
 
 
 class Cadence:
@@ -205,19 +210,28 @@ class Cadence:
         interval: share of the run between marks.
         early_interval: share between marks while ``progress`` is below ``early_share``.
         early_share: end of the early part.
+        extra: shares of the run at which it is due besides.
     """
 
-    def __init__(self, interval: float, early_interval: float | None = None, early_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        interval: float,
+        early_interval: float | None = None,
+        early_share: float = 0.0,
+        extra: Sequence[float] = (),
+    ) -> None:
         self._interval = interval
         self._early_interval = early_interval or interval
         self._early_share = early_share if early_interval else 0.0
+        self._extra = extra
         self._passed = 0
 
     def _marks_until(self, progress: float) -> int:
         early = min(progress, self._early_share)
         late = max(0.0, progress - self._early_share)
         # A hair of tolerance: 3 * 0.1 is above 0.3 in floating point.
-        return int(early / self._early_interval + 1e-9) + int(late / self._interval + 1e-9)
+        regular = int(early / self._early_interval + 1e-9) + int(late / self._interval + 1e-9)
+        return regular + sum(mark <= progress + 1e-9 for mark in self._extra)
 
     def skip_to(self, progress: float) -> None:
         """Take all marks up to ``progress`` as done."""

@@ -54,6 +54,9 @@ class PretrainConfig:
     """shares of the budget at which the model is exported to exports/, like [0.25, 0.5, 0.75]"""
     early_stop: list[StopRule] | Literal["24hbert"] = field(default_factory=list)
     """rules (after, metric, bound) by which a run that does not do well ends; 24hbert: validation loss 6.0 after 3h"""
+    pause_at: str | None = None
+    """time or share of the run, like 12h or 50%, at which it validates, saves and leaves with exit code 75; with a
+    later mark, or null, the same command goes on"""
     preemption_margin: str = "2m"
     """how long before the end of a Slurm allocation to save and leave"""
     hang_timeout: str = "10m"
@@ -93,6 +96,8 @@ class PretrainConfig:
             raise ValueError(f"export_at {self.export_at} names a share twice")
         for duration in (self.preemption_margin, self.hang_timeout):
             parse_duration(duration)
+        if self.pause_share is not None and self.pause_share >= 1:
+            raise ValueError(f"pause_at {self.pause_at} does not lie before the end of the run")
         for rule in self.stop_rules:
             if share_of_run(rule.after, self.budget_seconds) > 1:
                 raise ValueError(f"early_stop after {rule.after} lies beyond the run of {self.time_budget}")
@@ -119,10 +124,19 @@ class PretrainConfig:
         """The rules for an early stop, a preset's resolved."""
         return TWENTY_FOUR_HOUR_BERT if self.early_stop == "24hbert" else tuple(self.early_stop)
 
+    @property
+    def pause_share(self) -> float | None:
+        """``pause_at`` as a share of the run."""
+        return None if self.pause_at is None else share_of_run(self.pause_at, self.budget_seconds)
+
     def cadences(self) -> tuple[Cadence, Cadence]:
-        """When to validate and when to save."""
+        """When to validate, which is also where a rule wants to judge, and when to save."""
         seconds, early = self.budget_seconds, self.early_validation_interval
+        judged = [share_of_run(rule.after, seconds) for rule in self.stop_rules if rule.metric == "validation_loss"]
         validation = Cadence(
-            share_of_run(self.validation_interval, seconds), early and share_of_run(early, seconds), _EARLY_SHARE
+            share_of_run(self.validation_interval, seconds),
+            early and share_of_run(early, seconds),
+            _EARLY_SHARE,
+            judged,
         )
         return validation, Cadence(share_of_run(self.checkpoint_interval, seconds))

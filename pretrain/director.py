@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from pretrain.budget import Budget, Cadence
 from pretrain.interruptions import INTERRUPTIONS
+from pretrain.run_record import PAUSE
 
 _ACTIONS = ("validate", "save", "export")
 _REMEMBERED = 3
@@ -23,7 +24,8 @@ class Decision:
     """What happens at a step boundary: the run ends there, or makes one more step and what follows it."""
 
     stopped_by: str | None
-    """Why the run ends here: ``time_budget``, ``max_steps`` or one of ``INTERRUPTIONS``; None where it goes on."""
+    """Why the run ends here: ``time_budget``, ``max_steps``, ``pause`` or one of ``INTERRUPTIONS``; None where it goes
+    on."""
     progress: float
     """Share of the budget that is spent when the step has ended."""
     schedule_position: float
@@ -76,8 +78,8 @@ class Director:
         """
         own = self._decide(step) if self._rank == 0 else (0.0,) * 6
         reason, ends, progress, position, validate, save, export = self._agree(self._own_interruption(), *own)
-        stopped_by = "max_steps" if self._budget.max_steps is not None else "time_budget"
-        if reason and not ends:
+        stopped_by = PAUSE if self._budget.pauses else "time_budget" if self._budget.max_steps is None else "max_steps"
+        if reason and (self._budget.pauses or not ends):  # before a pause there is still a validation to make
             stopped_by = INTERRUPTIONS[int(reason) - 1]
         for action, happens in (("validate", validate), ("save", save)):
             if happens:

@@ -28,7 +28,7 @@ from pretrain.metrics import MetricsWriter, StepAverages
 from pretrain.model_card import run_facts
 from pretrain.packing import MicroBatch
 from pretrain.processes import Processes
-from pretrain.run_record import curves, lost_seconds, read_metrics
+from pretrain.run_record import PAUSE, curves, lost_seconds, read_metrics
 from pretrain.schedule import lr_multiplier
 from pretrain.summary import DIVERGED, MODEL_FOLDER, write_summary
 from pretrain.validation import Validation, ValidationFigures
@@ -79,7 +79,7 @@ class Pretrainer:
         spent, durations = (state.spent_seconds, state.durations) if state else ({}, {})
         in_flight = int(processes.device.type == "cuda")
         length = (config.budget_seconds, config.max_steps, config.schedule_scale)
-        self._budget = Budget(*length, spent, durations, in_flight)
+        self._budget = Budget(*length, spent, durations, in_flight, config.pause_share)
         self._progress = self._budget.progress(self._step)
         cadences = config.cadences()
         for cadence in cadences:
@@ -129,7 +129,7 @@ class Pretrainer:
         """
         try:
             stopped_by = self._train_until_stopped()
-            if stopped_by in INTERRUPTIONS:
+            if stopped_by in (PAUSE, *INTERRUPTIONS):
                 self._leave(stopped_by)
             else:
                 self._close(stopped_by)
@@ -147,6 +147,9 @@ class Pretrainer:
         while not self._stopped_early:
             self._watch.enter("training", self._step)
             decision = self._director.decide(self._step)
+            if decision.stopped_by == PAUSE and not self._is_validated():
+                self._interrupt("validate", self._validate)  # a rule or a signal may end the run before the pause
+                continue
             if decision.stopped_by:
                 self._log()  # which may still end it early
                 return "early_stop" if self._stopped_early else decision.stopped_by
@@ -265,21 +268,16 @@ class Pretrainer:
         if not np.isfinite(figures.loss):
             raise self._divergence(f"the validation loss is {figures.loss} after step {self._step}")
         self._validated = self._step, figures
-        self._write(
-            "validation",
-            loss=figures.loss,
-            accuracy=round(figures.accuracy, 6),
-            perplexity=round(figures.perplexity, 4),
-            progress=self._progress,
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        self._metrics.say(
-            f"step {self._step}, {self._budget.elapsed():.0f} s: validation loss {figures.loss:.4f}, "
-            f"perplexity {figures.perplexity:.2f}, accuracy {figures.accuracy:.2%}"
-        )
+        seconds = round(time.perf_counter() - started, 3)
+        self._write("validation", **figures.as_metrics(), progress=self._progress, seconds=seconds)
+        self._metrics.say(f"step {self._step}, {self._budget.elapsed():.0f} s: {figures}")
         if phase != "closing":
             self._judge("validation_loss", figures.loss)
         return True
+
+    def _is_validated(self) -> bool:
+        """Whether these very weights have been."""
+        return self._validated is not None and self._validated[0] == self._step
 
     def _judge(self, metric: str, loss: float) -> None:
         """Early stop: loss and progress are the same on all ranks, and so is what follows."""
@@ -316,7 +314,6 @@ class Pretrainer:
 
     def _current_state(self) -> TrainState:
         self._budget.charge("checkpoints")
-        validated_here = self._validated is not None and self._validated[0] == self._step
         return TrainState(
             step=self._step,
             sequences_seen=self._sequences_seen,
@@ -324,7 +321,7 @@ class Pretrainer:
             spent_seconds=self._budget.spent_seconds(),
             micro_batch_size=self._plan.micro_batch_size,
             durations={**self._budget.durations(), **self._director.durations()},
-            validation_loss=self._validated[1].loss if validated_here else None,
+            validation_loss=self._validated[1].loss if self._is_validated() else None,
             best=self._early_stop.best,
             stopped_early=self._stopped_early,
             setting=self._setting,
@@ -359,7 +356,10 @@ class Pretrainer:
             self._budget.charge("training")
             self._save()
         self._budget.stop()
-        self._write_summary(stopped_by, None)
+        if stopped_by == PAUSE:
+            self._write_summary(PAUSE, f"pause_at {self._config.pause_at}", **self._validated[1].as_summary())
+        else:
+            self._write_summary(stopped_by, None)
         saved = "all saved" if self._step else "nothing to save yet"
         self._metrics.say(
             f"stopped by {stopped_by} after step {self._step}, {self._budget.elapsed():.1f} s spent, {saved}: "
@@ -372,10 +372,10 @@ class Pretrainer:
         started = time.perf_counter()
         self._watch.enter("closing", self._step)
         self._save()
-        if not (self._validated and self._validated[0] == self._step):
+        if not self._is_validated():
             self._validate("closing")
         _, figures = self._validated
-        final = {"validation_loss": figures.loss, "validation_accuracy": round(figures.accuracy, 6)}
+        final = figures.as_summary()
         if self._processes.rank == 0:
             with errors_of_writing(self._output_dir):
                 self._checkpoints.set_validation_loss(figures.loss)

@@ -11,6 +11,8 @@ SUMMARY_FILE = "summary.json"
 STATUS_FILE = "status.json"
 COMPLETE = ("time_budget", "max_steps", "early_stop")
 """The values of ``stopped_by`` after which nothing is left to do."""
+PAUSE = "pause"
+"""The value of ``stopped_by`` at ``pause_at``: all is validated and saved, and the run goes on with a later mark."""
 _EVENT_KEYS = {"event", "step", "elapsed_seconds"}
 
 

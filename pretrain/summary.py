@@ -6,7 +6,7 @@ from typing import Any
 from common.errors import UserError
 from common.folders import read_json, write_json
 from pretrain.checkpoint import latest_checkpoint, read_state
-from pretrain.run_record import COMPLETE, STATUS_FILE, SUMMARY_FILE
+from pretrain.run_record import COMPLETE, PAUSE, STATUS_FILE, SUMMARY_FILE
 
 DS_CONFIG_FILE = "ds_config.json"
 MODEL_FOLDER = "hf"
@@ -16,6 +16,7 @@ GOES_ON = 75
 _ENDS = {
     **dict.fromkeys(COMPLETE, "complete"),
     DIVERGED: "its last good checkpoint is kept",
+    PAUSE: "the same command with a later --pause_at, or with null, goes on",
 }
 _NOT_OURS = "this is not a summary of ours"
 

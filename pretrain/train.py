@@ -29,6 +29,7 @@ from pretrain.watch import Watch
 
 _MAY_CHANGE_ON_RESUME = (
     "resume",
+    "pause_at",
     "kernels",
     "ds_config",
     "micro_batch_size",

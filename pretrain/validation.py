@@ -32,6 +32,17 @@ class ValidationFigures:
         """Of the masked tokens; no more than a float can hold."""
         return math.exp(min(self.loss, 700.0))
 
+    def as_metrics(self) -> dict[str, float]:
+        """As a line of the run's record."""
+        return {"loss": self.loss, "accuracy": round(self.accuracy, 6), "perplexity": round(self.perplexity, 4)}
+
+    def as_summary(self) -> dict[str, float]:
+        """As the run's summary names them."""
+        return {"validation_loss": self.loss, "validation_accuracy": round(self.accuracy, 6)}
+
+    def __str__(self) -> str:
+        return f"validation loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, accuracy {self.accuracy:.2%}"
+
 
 class Validation:
     """Validates the engine's model.

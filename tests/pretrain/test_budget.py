@@ -104,6 +104,18 @@ def test_a_run_of_steps_has_the_same_interface() -> None:
     assert [budget.has_room_for(step) for step in range(6)] == [True] * 4 + [False] * 2
 
 
+def test_no_step_passes_a_pause_and_the_schedule_knows_nothing_of_it() -> None:
+    clock = FakeClock()
+    budget = Budget(seconds=100.0, max_steps=None, pause_at=0.5, clock=clock)
+    budget.start(0)
+    for _ in range(2):
+        clock.now += 20.0
+        budget.record_step(20.0)
+    assert budget.elapsed() == 40.0
+    assert not budget.has_room_for(2), "the third step would end at 60 s"
+    assert budget.progress_after(2) == pytest.approx(0.6)
+
+
 def test_progress_after_a_step_is_where_the_clock_will_stand() -> None:
     clock = FakeClock()
     budget = Budget(seconds=100.0, max_steps=None, clock=clock)
@@ -135,6 +147,11 @@ def marks(cadence: Cadence, steps: int) -> list[float]:
 
 def test_marks_come_once_each_at_their_share() -> None:
     assert marks(Cadence(0.1), 1000) == pytest.approx([k / 10 for k in range(1, 11)])
+
+
+def test_a_mark_of_its_own_comes_once_and_not_twice_where_a_regular_one_is() -> None:
+    assert marks(Cadence(0.25, extra=[0.3]), 1000) == pytest.approx([0.25, 0.3, 0.5, 0.75, 1.0])
+    assert marks(Cadence(0.1, extra=[0.3, 0.5]), 1000) == pytest.approx([k / 10 for k in range(1, 11)])
 
 
 def test_marks_are_denser_in_the_early_part() -> None:

@@ -119,6 +119,12 @@ def test_a_budget_that_is_spent_is_the_reason_whatever_else_has_come() -> None:
     assert alone(budget, pending=lambda: "SIGTERM").decide(10).stopped_by == "max_steps"
 
 
+def test_at_a_pause_a_signal_comes_first_because_a_validation_is_still_to_be_made() -> None:
+    budget = Budget(seconds=None, max_steps=10, pause_at=0.35)
+    assert [alone(budget).decide(step).stopped_by for step in (3, 4)] == [None, "pause"]
+    assert alone(budget, pending=lambda: "SIGTERM").decide(4).stopped_by == "SIGTERM"
+
+
 @pytest.mark.parametrize(("mark", "known"), [(0.95, {"validate": 2.85}), (0.9, {"validate": 4.5}), (0.95, {})])
 def test_behind_whatever_comes_late_a_step_still_brings_the_learning_rate_to_zero(mark, known) -> None:
     clock = FakeClock()

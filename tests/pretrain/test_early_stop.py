@@ -43,12 +43,28 @@ def test_the_papers_rule_is_a_preset() -> None:
         ({"early_stop": "24hbert", "time_budget": None, "max_steps": 10}, "no meaning in a run of max_steps"),
         ({"export_at": [0.5, 0.50000001]}, "names a share twice"),
         ({"export_at": [1.0]}, "not a share between 0 and 1"),
+        ({"pause_at": "24h"}, "pause_at 24h does not lie before the end"),
         ({"hang_timeout": "9999999999d"}, "longer than 3650 days"),
     ],
 )
 def test_settings_that_make_no_sense(settings, words) -> None:
     with pytest.raises(ValueError, match=words):
         PretrainConfig(**settings)
+
+
+def test_a_rule_on_the_validation_loss_has_it_validated_at_its_mark() -> None:
+    config = PretrainConfig(
+        time_budget="10h", validation_interval="4h", early_validation_interval=None,
+        early_stop=[StopRule("3h", "validation_loss", 6.0), StopRule("2h", "train_loss", 7.0)],
+    )  # fmt: skip
+    validation, _ = config.cadences()
+    assert [hour for hour in range(1, 10) if _is_passed(validation, hour / 10)] == [3, 4, 8]
+
+
+def _is_passed(cadence, progress: float) -> bool:
+    due = cadence.is_due(progress)
+    cadence.skip_to(progress)
+    return due
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])

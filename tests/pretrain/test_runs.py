@@ -51,9 +51,9 @@ def torchrun(port: int) -> list[str]:
     return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
 
 
-def finish(arguments: list[str]) -> None:
+def finish(arguments: list[str], code: int = 0) -> None:
     done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def kill_at_first_checkpoint(arguments: list[str], run: Path) -> None:
@@ -97,15 +97,21 @@ def test_one_process_and_two_train_the_same_model(uninterrupted, config, data_di
     assert summary(run)["validation_loss"] == pytest.approx(summary(uninterrupted)["validation_loss"], abs=1e-4)
 
 
-def test_a_run_that_was_killed_ends_with_exactly_the_uninterrupted_weights(
+def test_a_run_that_was_killed_and_then_paused_ends_with_exactly_the_uninterrupted_weights(
     config, uninterrupted, data_dir, tmp_path, free_port
 ) -> None:
     run = tmp_path / "killed"
     arguments = command(torchrun(free_port), config, data_dir, run)
     kill_at_first_checkpoint(arguments, run)
+    finish([*arguments, "--pause_at", "70%"], code=1)  # torchrun's, whatever the processes' own
+    paused = summary(run)
+    assert (paused["stopped_by"], paused["stopped_because"], paused["steps"]) == ("pause", "pause_at 70%", 17)
     finish(arguments)
-    resume = [event for event in read_metrics(run) if event["event"] == "start"][-1]
-    assert 0 < resume["step"] < 24
+    starts = [event["step"] for event in read_metrics(run) if event["event"] == "start"]
+    assert starts[-1] == 17
+    assert 0 < starts[-2] < 17
+    judged = {event["step"]: event["loss"] for event in read_metrics(run) if event["event"] == "validation"}
+    assert judged[17] == paused["validation_loss"]
     expected = weights(uninterrupted)
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), name
