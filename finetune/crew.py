@@ -11,8 +11,9 @@ from typing import Final
 
 from common.errors import UserError
 from common.process_tree import is_broken, launcher_chain
+from common.storage import HEARTBEAT_SECONDS
 from finetune.progress import look
-from finetune.study import HEARTBEAT_SECONDS, TrialStore
+from finetune.study import TrialStore
 from finetune.workers import CANNOT_WRITE, Assignment, MnliStart, start_worker
 
 MAX_KILLS: Final = 5  # of an attempt's workers: a person kills at random, a system short of memory again and again

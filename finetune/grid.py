@@ -12,6 +12,7 @@ import torch
 
 from common.errors import UserError
 from common.folders import check_folder, claim_folder, errors_of_writing, only_writer, read_json, write_json
+from common.storage import sqlite_file
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
@@ -22,7 +23,7 @@ from finetune.progress import priorities
 from finetune.ranks import Ranks, this_rank
 from finetune.recorded import refuse_missing, render, storage_url
 from finetune.report import PRETRAINING_FILE
-from finetune.study import TrialStore, sqlite_file
+from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
 from finetune.trial import Cell, Precision, Protocol
 from finetune.workers import Assignment

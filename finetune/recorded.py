@@ -8,12 +8,13 @@ from common.cli import config_parser, parse, take_config
 from common.errors import UserError
 from common.folders import CONFIG_FILE, write_json
 from common.page import markdown_table
+from common.storage import sqlite_file
 from finetune.config import GridConfig
 from finetune.progress import look
 from finetune.report import write_report
 from finetune.results import Results, make_results
 from finetune.score_tables import latex_row, score_tables
-from finetune.study import TrialStore, sqlite_file
+from finetune.study import TrialStore
 from finetune.trial import Cell
 
 RESULTS_FILE: Final = "results.json"

@@ -6,28 +6,20 @@ failed trial as visited.
 """
 
 import contextlib
-import logging
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Final
 
 import optuna
-import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import UserError
-from common.folders import file_lock
+from common.storage import HEARTBEAT_SECONDS, STALE_SECONDS, SharedStorage
 from finetune.trial import Cell
 
 MAX_ATTEMPTS: Final = 2
-HEARTBEAT_SECONDS: Final = 15
-STALE_SECONDS: Final = 60
-_POSTGRESQL_LOCK: Final = 0x24B1  # any number that is ours
 _LARGEST_INT: Final = 2**31 - 1
 _DISTRIBUTIONS: Final = {
     "learning_rate": FloatDistribution(0.0, 1.0),
@@ -36,9 +28,6 @@ _DISTRIBUTIONS: Final = {
     "initialization": CategoricalDistribution(("pretrained", "random", "mnli")),
     "seed": IntDistribution(0, _LARGEST_INT),
 }
-
-optuna.logging.set_verbosity(logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats are called so
 
 
 @dataclass(frozen=True)
@@ -56,19 +45,6 @@ class Attempt:
     """When it was claimed, by the clock of the machine that claimed it."""
 
 
-def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite storage; None of another one.
-
-    Raises:
-        UserError: the URL is none.
-    """
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise UserError(f"storage {url} is no URL of a storage: {error}") from None
-    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
-
-
 class TrialStore:
     """The studies of one grid, which any number of processes and machines may share.
 
@@ -84,43 +60,13 @@ class TrialStore:
     def __init__(
         self, url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS, stale_seconds: int = STALE_SECONDS
     ) -> None:
-        self._heartbeat_seconds = heartbeat_seconds
-        try:
-            parsed = sqlalchemy.make_url(url)
-            self._dialect = parsed.get_backend_name()
-            if self._dialect not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
-                raise ValueError("it must be sqlite:///FILE, or postgresql://... for several machines")
-            self._lock_file = Path(f"{parsed.database}.lock")
-            self._lock_engine = sqlalchemy.create_engine(url)
-            with self._exclusive():  # two that make the tables at once get in each other's way
-                self._storage = optuna.storages.RDBStorage(
-                    url,
-                    engine_kwargs={"connect_args": self._connect_arguments()},
-                    heartbeat_interval=heartbeat_seconds,
-                    grace_period=stale_seconds,
-                    heartbeat_stale_trial_callback=lambda study, trial: _wait_again(
-                        study, _attempt(study.study_name, trial)
-                    ),
-                )
-        except ImportError:
-            raise UserError(f"the storage {url} needs a driver: pip install 'psycopg[binary]'") from None
-        except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
-            raise UserError(f"the storage {url} cannot be opened: {str(error).splitlines()[0]}") from error
-
-    def _connect_arguments(self) -> dict[str, Any]:
-        """SQLite gives up on a busy file after 5 seconds by itself; a machine under load needs more."""
-        return {"timeout": 60} if self._dialect == "sqlite" else {}
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Be the only process, on any machine, that looks for trials to add or to claim."""
-        if self._dialect == "sqlite":  # it cannot compare and set
-            with file_lock(self._lock_file):
-                yield
-            return
-        with self._lock_engine.connect() as connection, connection.begin():
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_LOCK})"))
-            yield
+        self._shared = SharedStorage(
+            url,
+            lambda study, trial: _wait_again(study, _attempt(study.study_name, trial)),
+            heartbeat_seconds,
+            stale_seconds,
+        )
+        self._storage = self._shared.trials
 
     # --- studies ---
 
@@ -177,7 +123,7 @@ class TrialStore:
             priorities: of each cell; the highest is claimed first.
         """
         states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-        with self._exclusive():
+        with self._shared.exclusive():
             present = {_cell(task_name, trial) for trial in self._trials(task_name, *states)}
             for cell, priority in priorities.items():
                 if cell not in present:
@@ -187,35 +133,18 @@ class TrialStore:
         self, task_names: Iterable[str], worker: str, may_run: Callable[[Cell], bool] = lambda cell: True
     ) -> Attempt | None:
         """Take the waiting trial of highest priority of these tasks that ``may_run``; None when there is none."""
-        with self._exclusive():
+        with self._shared.exclusive():
             waiting = [attempt for attempt in self.waiting(task_names) if may_run(attempt.cell)]
             if not waiting:
                 return None
             attempt = max(waiting, key=lambda attempt: attempt.priority)  # the first, so the grid's order, among equals
             trial_id = self._trial_id(attempt.cell.task_name, attempt.number)
-            self._storage.set_trial_user_attr(trial_id, "worker", worker)
-            self._storage.record_heartbeat(trial_id)  # first: what runs without one would never count as stale
-            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            self._shared.take(trial_id, worker=worker)
             return attempt
 
-    @contextlib.contextmanager
-    def heartbeat(self, attempt: Attempt) -> Iterator[None]:
+    def heartbeat(self, attempt: Attempt) -> contextlib.AbstractContextManager[None]:
         """Show signs of life of a trial meanwhile."""
-        trial_id, ended = self._trial_id(attempt.cell.task_name, attempt.number), threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(self._heartbeat_seconds):
-                with contextlib.suppress(optuna.exceptions.StorageInternalError):  # the database may be back next time
-                    self._storage.record_heartbeat(trial_id)
-            self._storage.remove_session()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return self._shared.heartbeat(self._trial_id(attempt.cell.task_name, attempt.number))
 
     def finish(self, attempt: Attempt, result: Mapping[str, Any]) -> bool:
         """Record a trial's result, which holds its ``score``; False if it had been given back to others meanwhile."""
@@ -223,7 +152,7 @@ class TrialStore:
 
     def fail(self, attempt: Attempt, cause: str) -> None:
         """Record why a trial has no result, and let it be tried once more unless this was that attempt."""
-        with self._exclusive():
+        with self._shared.exclusive():
             if self._end(attempt, TrialState.FAIL, failure=cause) and attempt.attempt < MAX_ATTEMPTS:
                 self._study(attempt.cell.task_name).add_trial(
                     _waiting_trial(attempt.cell, attempt.priority, attempt.attempt + 1)
@@ -240,26 +169,20 @@ class TrialStore:
 
     def give_back(self, attempt: Attempt, kills: int = 0) -> None:
         """Let an interrupted trial wait again, which is no fault of its own, with so many kills more on its account."""
-        with self._exclusive():
+        with self._shared.exclusive():
             if self._end(attempt, TrialState.FAIL):
                 _wait_again(self._study(attempt.cell.task_name), attempt, kills)
 
     def give_back_stale(self, task_names: Iterable[str]) -> None:
         """:meth:`give_back` running trials that have shown no sign of life for too long."""
-        with self._exclusive():
+        with self._shared.exclusive():
             for task_name in task_names:
-                optuna.storages.fail_stale_trials(self._study(task_name))
+                self._shared.give_back_stale(self._study(task_name))
 
     def _end(self, attempt: Attempt, state: TrialState, value: float | None = None, **attributes: Any) -> bool:
         """False if the trial had ended before, as one does that was given back."""
-        task_name = attempt.cell.task_name
-        trial_id = self._trial_id(task_name, attempt.number)
-        try:
-            for name, attribute in attributes.items():
-                self._storage.set_trial_user_attr(trial_id, name, attribute)
-            return self._storage.set_trial_state_values(trial_id, state, None if value is None else [value])
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False
+        trial_id = self._trial_id(attempt.cell.task_name, attempt.number)
+        return self._shared.end(trial_id, state, value, attributes)
 
     # --- what there is ---
 

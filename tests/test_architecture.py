@@ -11,7 +11,7 @@ PACKAGES = ("common", "data_prep", "pretrain", "finetune")
 LIBRARY_OWNERS = {
     "deepspeed": {"pretrain/engine.py", "pretrain/muon.py", "pretrain/kernels_deepspeed.py"},
     "h5py": {"data_prep/shards.py"},
-    "optuna": {"finetune/study.py"},
+    "optuna": {"common/storage.py", "finetune/study.py", "pretrain/sampling.py", "pretrain/study.py"},
 }
 EXCEPTION = "data_prep.shards"  # a format has one owner
 PRETRAINER_READS_SHARDS = "pretrain"
