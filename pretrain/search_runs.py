@@ -27,6 +27,10 @@ class SearchRun:
     """When its present start began, in seconds since the epoch; None unless running."""
     starts: int = 0
     """Launches so far."""
+    kills: int = 0
+    """How often it was killed in a row, without coming any further."""
+    errors: int = 0
+    """How often it ended with an error of its own in a row, without coming any further."""
     elapsed_seconds: float = 0.0
     """Of its budget, as last known."""
     closing_seconds: float = 0.0
@@ -45,6 +49,8 @@ class SearchRun:
     """The validation loss at each rung with a pause that it has reached, by the rung's ``at``."""
     final_loss: float | None = None
     """Of a finished run: over the whole held-out set, with the weights that are exported."""
+    trial: int = 0
+    """The number of its Optuna trial."""
 
     @property
     def name(self) -> str:
