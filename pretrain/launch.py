@@ -36,6 +36,7 @@ _LOOK_SECONDS: Final = 0.02
 _OTHERS_VARIABLES: Final = re.compile(  # of a launcher that has started this process
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)|TORCHELASTIC_\w+"
 )
+_LEFT: Final = re.compile(r"^(stopped by \w+) after step", re.MULTILINE)
 _KILLED: Final = re.compile(r"exitcode\s*: -9|exits with return code = -9")  # as torchrun and DeepSpeed tell it
 _ERROR_LINE: Final = re.compile(
     r"^(?:error: (?P<ours>.+)|(?:\[rank\d+\]: )?(?P<theirs>(?:\w+\.)*\w*(?:Error|Exception): .+))$", re.MULTILINE
@@ -256,7 +257,9 @@ def cause_of(folder: RunFolder, code: int, offset: int) -> str:
     """Why a start has ended with this exit code, from what it has printed behind ``offset`` bytes."""
     with folder.output.open("rb") as output:
         output.seek(offset)
-        return last_word(output.read().decode(errors="replace"), code)
+        printed = output.read().decode(errors="replace")
+    left = _LEFT.search(printed)  # as asked, with all saved
+    return left[1] if left else last_word(printed, code)
 
 
 def last_word(output: str, returncode: int) -> str:
