@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+COORDINATOR = "BUDGET_BERT_COORDINATOR"
+"""Environment variable of a run: the process that has launched it as one of many, and without which it ends."""
 _PARENT, _START_TIME = 1, 19  # fields of /proc/PID/stat behind the name, proc(5)
 
 
@@ -45,13 +47,27 @@ def launcher_chain() -> list[tuple[int, int | None]]:
 
     DeepSpeed's command starts a launcher on each node, and that one the ranks; on one node a kill of the command leaves
     both running. torchrun starts the ranks itself. Without a launcher the chain is empty: a shell may well end before
-    what it has started.
+    what it has started. A coordinator, which names itself in :data:`COORDINATOR`, is the chain's far end.
     """
+    if coordinator := os.environ.get(COORDINATOR):
+        return _chain_up_to(int(coordinator))
     if "CROSS_SIZE" in os.environ:  # DeepSpeed's launcher
         return [(os.getpid(), os.getppid()), (os.getppid(), parent(os.getppid()))]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return [(os.getpid(), os.getppid())]
     return []
+
+
+def _chain_up_to(ancestor: int) -> list[tuple[int, int | None]]:
+    """Broken from the start where one between has ended by now: processes then have another parent."""
+    chain, pid = [], os.getpid()
+    while pid != ancestor:
+        above = parent(pid)
+        if not above:  # nobody is above the system's first process
+            return [(os.getpid(), ancestor)]
+        chain.append((pid, above))
+        pid = above
+    return chain
 
 
 def is_broken(chain: list[tuple[int, int | None]]) -> bool:

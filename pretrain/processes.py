@@ -109,7 +109,7 @@ def _own_device() -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # a run may have but some of the cores
     return torch.device("cpu")
 
 

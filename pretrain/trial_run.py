@@ -1,32 +1,23 @@
 """A trial: the first minute of a run, by the run's own command in real processes, and what it says of the rest."""
 
 import contextlib
-import re
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from common.errors import UserError
 from common.folders import read_json, write_text
 from pretrain.config import PretrainConfig
 from pretrain.forecast import Durations, Estimate
+from pretrain.launch import PROGRAM, as_yaml, last_word
 from pretrain.run_record import METRICS_FILE, read_metrics
 from pretrain.summary import MODEL_FOLDER, SUMMARY_FILE
 
-_PROGRAM = Path(__file__).parent.parent / "run_pretraining.py"
 _FEWEST_STEPS = 5  # besides the first one
 _PATIENCE_SECONDS = 600.0  # for start, compilation and closing, beyond twice the trial's budget
 _LEAVING_SECONDS = 60.0  # that a launcher has to end its processes in
-_KILLED = re.compile(r"exitcode\s*: -9")  # as a launcher tells it
-_ERROR_LINE = re.compile(
-    r"^(?:error: (?P<ours>.+)|(?:\[rank\d+\]: )?(?P<theirs>(?:\w+\.)*\w*(?:Error|Exception): .+))$", re.MULTILINE
-)
 
 
 @dataclass(frozen=True)
@@ -70,10 +61,10 @@ def run_to_its_end(config: PretrainConfig, data_dir: Path, folder: Path, num_pro
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, output = folder.with_suffix(".yaml"), folder.with_suffix(".txt")
-    write_text(file, yaml.safe_dump(_plain(asdict(config))))
+    write_text(file, as_yaml(config))
     arguments = ["--config", file, "--data_dir", data_dir, "--output_dir", folder]
     started = time.perf_counter()
-    returncode = _finish([*_launcher(num_processes), str(_PROGRAM), *map(str, arguments)], output, timeout)
+    returncode = _finish([*_launcher(num_processes), str(PROGRAM), *map(str, arguments)], output, timeout)
     if returncode or not (folder / SUMMARY_FILE).exists():
         raise UserError(last_word(output.read_text(errors="replace"), returncode))
     return time.perf_counter() - started
@@ -92,13 +83,6 @@ def trial_config(config: PretrainConfig, seconds: float) -> PretrainConfig:
         early_stop=[],
         resume="never",
     )
-
-
-def _plain(value: Any) -> Any:
-    """As YAML has it: no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _launcher(num_processes: int) -> list[str]:
@@ -120,19 +104,6 @@ def _finish(command: list[str], output: Path, timeout: float) -> int:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_LEAVING_SECONDS)
             process.kill()
-
-
-def last_word(output: str, returncode: int) -> str:
-    """The reason for a failure, from what a run has printed: its own error line, else Python's."""
-    found = list(_ERROR_LINE.finditer(output))
-    ours = [match["ours"] for match in found if match["ours"]]
-    if ours:
-        return ours[0]
-    if found:
-        return found[0]["theirs"]
-    if _KILLED.search(output) or returncode == -signal.SIGKILL:
-        return "killed from outside: most often the system, for want of memory"
-    return f"ended with code {returncode} and no word"
 
 
 def read_estimate(run: Path, wall_seconds: float) -> Estimate:
