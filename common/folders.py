@@ -201,6 +201,19 @@ def only_writer(
         time.sleep(_LOCK_LOOK_SECONDS)
 
 
+def writer_of(folder: Path) -> str | None:
+    """Who holds a folder by :func:`only_writer`, in words that end with `` on HOST``; None where nobody does."""
+    lock = folder / ".lock"
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return lock.read_text(encoding="utf-8") or "another process"
+
+
 def _clear_leftovers(folder: Path) -> None:
     for path in folder.rglob(".*"):
         if leftover := _LEFTOVER.fullmatch(path.name):

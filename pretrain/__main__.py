@@ -72,32 +72,75 @@ def _numbers(text: str | None) -> list[int] | None:
         raise UserError(f"train_batch_sizes '{text}' is not a list of numbers like 4096,8192") from None
 
 
+def _search(argv: list[str]) -> int:
+    """Try many configurations under one budget, on all GPUs of this machine; exit code 75: the same command goes on."""
+    from pretrain.search import run_search
+    from pretrain.search_config import SearchConfig
+
+    parser = config_parser("python -m pretrain search", _search.__doc__, SearchConfig)
+    parser.add_argument("--data_dir", type=str, required=True, help="folder made by `python -m data_prep build`")
+    parser.add_argument(
+        "--output_dir", type=str, required=True, help="the search's folder: its runs, report and best.yaml"
+    )
+    arguments = parse(parser, argv)
+    return run_search(take_config(arguments, SearchConfig), Path(arguments.data_dir), Path(arguments.output_dir))
+
+
 def _status(argv: list[str]) -> int:
-    """Tell how a run stands; exit code 0: complete, 75: the same command goes on, 2: no run."""
+    """Tell how a run or a search stands; exit code 0: complete, 75: the same command goes on, 2: neither."""
+    from common.page import markdown_table
+    from pretrain.search_runs import is_search
     from pretrain.summary import describe
 
     parser = command_parser("python -m pretrain status", _status.__doc__)
-    parser.add_argument("run", type=str, help="the run's folder")
-    line, code = describe(Path(parse(parser, argv).run))
-    print(line)
+    parser.add_argument("folder", type=str, help="of a run, or of a search")
+    parser.add_argument("--price_per_gpu_hour", type=float | None, default=None, help="of a search, in any currency")
+    arguments = parse(parser, argv)
+    folder = Path(arguments.folder)
+    if not is_search(folder):
+        line, code = describe(folder)
+        print(line)
+        return code
+    from pretrain.search_record import describe_search  # which takes longer to import
+
+    line, tables, code = describe_search(folder, arguments.price_per_gpu_hour)
+    print("\n\n".join([line, *(markdown_table(header, rows) for header, rows in tables)]))
     return code
 
 
 def _report(argv: list[str]) -> None:
-    """Compare runs, ended or still going: losses, speed, time and cost, as Markdown, HTML and PNG."""
+    """Compare runs, or tell of a search, ended or still going: losses, time and cost, as Markdown, HTML and PNG."""
     from pretrain.report import write_report
+    from pretrain.search_record import report_search
+    from pretrain.search_runs import is_search
 
     parser = command_parser("python -m pretrain report", _report.__doc__)
-    parser.add_argument("runs", type=str, nargs="+", help="folders of runs")
-    parser.add_argument("--output_dir", type=str, required=True, help="folder of the report, for it alone")
-    parser.add_argument("--price_per_gpu_hour", type=float, default=None, help="to tell the cost, in any currency")
+    parser.add_argument("folders", type=str, nargs="+", help="of runs; or of one search")
+    parser.add_argument(
+        "--output_dir", type=str | None, default=None, help="of runs: folder of the report, for it alone"
+    )
+    parser.add_argument(
+        "--references", type=str, nargs="*", default=[], help="of a search: other runs to show beside it"
+    )
+    parser.add_argument(
+        "--price_per_gpu_hour", type=float | None, default=None, help="to tell the cost, in any currency"
+    )
     arguments = parse(parser, argv)
-    output_dir = Path(arguments.output_dir)
-    write_report([Path(run) for run in arguments.runs], output_dir, arguments.price_per_gpu_hour)
-    print(f"report: {output_dir / 'report.html'}")
+    folders, price = [Path(folder) for folder in arguments.folders], arguments.price_per_gpu_hour
+    searches = [folder for folder in folders if is_search(folder)]
+    if searches and (len(folders) > 1 or arguments.output_dir):
+        raise UserError(f"{searches[0]} is a search, whose report goes into its own folder: give it alone")
+    if searches:
+        file = report_search(folders[0], [Path(run) for run in arguments.references], price)
+    elif arguments.references or not arguments.output_dir:
+        raise UserError("a report on runs needs --output_dir, and references are for a search")
+    else:
+        write_report(folders, Path(arguments.output_dir), price)
+        file = Path(arguments.output_dir) / "report.html"
+    print(f"report: {file}")
 
 
-COMMANDS = {"plan": _plan, "status": _status, "report": _report, "export": _export}
+COMMANDS = {"plan": _plan, "search": _search, "status": _status, "report": _report, "export": _export}
 
 if __name__ == "__main__":
     run_subcommand("python -m pretrain", "Look after runs, compare them and turn checkpoints into models.", COMMANDS)

@@ -1,47 +1,168 @@
-"""A search from start to report: one coordinator on each machine launches runs, watches them and judges them.
-
-All that is known lies in the storage and in the runs' folders. A coordinator that is killed takes its runs with it, which
-save and leave; the same command goes on.
-"""
+"""A search from start to report: everything checked first, then a coordinator on each machine, then the report."""
 
 import contextlib
-import shutil
+import socket
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from common.errors import UserError
-from common.folders import check_folder, claim_folder, errors_of_writing, file_lock, only_writer, write_json
-from common.storage import HEARTBEAT_SECONDS, errors_of_storage, sqlite_file
-from data_prep.shards import Manifest, read_manifest
-from pretrain.architecture import resolve
+from common.folders import (
+    check_folder,
+    claim_folder,
+    errors_of_writing,
+    only_writer,
+    provenance,
+)
+from common.page import HTML_FILE
+from common.storage import errors_of_storage, sqlite_file
+from data_prep.shards import Manifest, SplitReader, read_manifest
+from pretrain.architecture import Architecture, resolve
 from pretrain.batch_plan import check_divisible
 from pretrain.budget import parse_duration
-from pretrain.checkpoint import latest_checkpoint, read_state
 from pretrain.config import PretrainConfig
+from pretrain.coordinator import Coordinator
 from pretrain.ds_config import has_half_precision_weights, load_ds_config, zero_stage
 from pretrain.fingerprint import search_fingerprint
 from pretrain.init_from import resolve_from
 from pretrain.interruptions import Interruptions
-from pretrain.launch import Launch, Outcome, RunFolder, cause_of, read_outcome
 from pretrain.optimizer import check_optimizer
 from pretrain.places import Place, find_places, hardware_of
-from pretrain.run_record import lost_seconds, read_metrics
-from pretrain.sampling import is_pruned, propose
+from pretrain.sampling import propose
 from pretrain.search_config import SearchConfig, describe
-from pretrain.search_runs import SearchRun
+from pretrain.search_progress import look
+from pretrain.search_record import is_there, render, storage_url
+from pretrain.search_results import BEST_FILE
 from pretrain.study import SearchStore
-from pretrain.summary import GOES_ON, read_summary
+from pretrain.summary import GOES_ON
 
-STORAGE_FILE: Final = "trials.db"
-RUNS_FOLDER: Final = "runs"
+_RUNS_FOLDER: Final = "runs"
+_MACHINES_FOLDER: Final = "machines"
 _MAY_CHANGE: Final = ("space", "num_runs", "keep_dropped_checkpoints")
-_MAX_KILLS: Final = 10  # in a row without coming further: a person kills at random, a system short of memory for ever
-_MAX_ERRORS: Final = 2
-_MAX_FAILURES: Final = 3  # of different runs in a row: then it is no fault of theirs
-_POLL_SECONDS: Final = 0.2
-_LOOK_SECONDS: Final = 3.0
-_LINE_SECONDS: Final = 60.0
-_ORPHANS_SECONDS: Final = 300.0
+_SECONDS_BETWEEN_LINES: Final = 60.0
+_SECONDS_BETWEEN_UPDATES: Final = 3.0  # of the line on a terminal
+
+
+def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
+    """Run every configuration that has not come to its end, and write the report.
+
+    Args:
+        config: the search.
+        data_dir: of all runs.
+        output_dir: where runs and report go; a rerun with the same configuration continues there.
+
+    Returns:
+        the exit code: 0 for a search that is over, :data:`pretrain.summary.GOES_ON` for one that was asked to leave.
+
+    Raises:
+        UserError: bad input, before any work; or a storage or folder that can't be written to.
+    """
+    manifest = read_manifest(data_dir)
+    for split in ("train", "validation"):
+        SplitReader(manifest, split).close()
+    places = find_places(config.gpus_per_run, config.num_planned)
+    num_parameters = _check_runs(config, manifest, places[0].num_processes)
+    check_folder(output_dir, config, _MAY_CHANGE)
+    url, fingerprint = storage_url(config, output_dir), search_fingerprint(config, manifest, hardware_of(places[0]))
+    facts = _facts(manifest, places, num_parameters)
+    with errors_of_storage(url):
+        if is_there(url):
+            SearchStore(url, config).check(fingerprint)
+        with _only_coordinator(output_dir, url):
+            claim_folder(output_dir, config, _MAY_CHANGE)
+            store = SearchStore(url, config)
+            store.open(fingerprint, facts)
+            store.add_missing(nobody_runs=config.storage is None)
+            left_because = _coordinate(config, store, data_dir, output_dir, places)
+            progress = render(config, store, output_dir)
+    print(progress.line())
+    print(f"report: {output_dir / HTML_FILE}")
+    if left_because:
+        print(f"stopped by {left_because}: all saved, the same command goes on")
+        return GOES_ON
+    print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
+    return 0
+
+
+def _coordinate(
+    config: SearchConfig, store: SearchStore, data_dir: Path, output_dir: Path, places: Sequence[Place]
+) -> str | None:
+    show = _Teller(config, store)
+    interruptions = Interruptions(parse_duration(config.pretrain.preemption_margin))
+    runs_dir = output_dir.resolve() / _RUNS_FOLDER
+    with interruptions.noted():
+        return Coordinator(config, store, data_dir.resolve(), runs_dir, places, interruptions, show.tell).run()
+
+
+class _Teller:
+    """Tells now and then how far a search is."""
+
+    def __init__(self, config: SearchConfig, store: SearchStore) -> None:
+        self._config, self._store, self._next = config, store, 0.0
+
+    def tell(self) -> None:
+        """A line, if it is time for one."""
+        if time.monotonic() < self._next:
+            return
+        line = look(self._config, self._store.facts(), self._store.runs(), time.time()).line()
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="", flush=True)
+            self._next = time.monotonic() + _SECONDS_BETWEEN_UPDATES
+        else:
+            print(line, flush=True)
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+
+# --- before anything is written ---
+
+
+@contextlib.contextmanager
+def _only_coordinator(output_dir: Path, url: str) -> Iterator[None]:
+    """Be the only one in the folder; the only one of this machine where several machines share it."""
+    folder = output_dir if sqlite_file(url) else output_dir / _MACHINES_FOLDER / socket.gethostname()
+    with errors_of_writing(output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        yield
+
+
+def _check_runs(config: SearchConfig, manifest: Manifest, num_processes: int) -> int:
+    """Refuse what any run would be refused for; the number of parameters of the first one's model.
+
+    Raises:
+        UserError: naming the configuration.
+    """
+    ds_config = load_ds_config(config.pretrain.ds_config)
+    first: Architecture | None = None
+    for parameters in config.grid() if config.sampler == "grid" else [propose(config, [])]:
+        run = config.run_config(parameters)
+        try:
+            check_divisible(run.train_batch_size, run.micro_batch_size, num_processes)
+            check_optimizer(run.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
+            first = first or _architecture(run, manifest)
+        except (UserError, ValueError) as error:
+            raise UserError(f"{describe(parameters)}: {error}") from None
+    return first.num_parameters
+
+
+def _architecture(config: PretrainConfig, manifest: Manifest) -> Architecture:
+    if config.init_from:
+        return resolve_from(config.init_from, manifest, config.model)
+    return resolve(config.model, manifest.vocab_size, manifest.max_seq_length, manifest.pad_token_id)
+
+
+def _facts(manifest: Manifest, places: Sequence[Place], num_parameters: int) -> dict[str, Any]:
+    """What the report tells of all runs."""
+    made = provenance()
+    return {
+        "data_dir": str(manifest.folder.resolve()),
+        "manifest_sha256": manifest.sha256,
+        "hardware": hardware_of(places[0]),
+        "code": made["commit"],
+        "versions": made["versions"],
+        "gpus_per_run": places[0].num_processes,
+        "places": len(places),
+        "num_parameters": num_parameters,
+    }

@@ -1,10 +1,17 @@
-"""What a search knows of each of its runs."""
+"""What a search knows of each of its runs, and which folder is a search's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+
+from common.folders import CONFIG_FILE
 
 State = Literal["waiting", "running", "paused", "dropped", "diverged", "failed", "finished"]
+
+UNFINISHED: Final[tuple[State, ...]] = ("waiting", "running", "paused")
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,13 @@ class SearchRun:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.number:03d}"
+
+
+def is_search(folder: Path) -> bool:
+    """Whether it is the folder of a search."""
+    file = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(config, dict) and {"space", "sampler"} <= config.keys()

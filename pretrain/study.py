@@ -112,13 +112,19 @@ class SearchStore:
 
     # --- runs that wait, and those who take them ---
 
-    def add_missing(self) -> None:
-        """Have every configuration of a grid that is not there wait, and what has failed wait once more."""
+    def add_missing(self, nobody_runs: bool) -> None:
+        """Have every configuration of a grid that is not there wait, and what has failed wait once more.
+
+        Args:
+            nobody_runs: whether what is running was left behind by a coordinator that is no more.
+        """
         with self._shared.exclusive():
             runs = self.runs()
             for run in runs:
                 if run.state == "failed":
                     self._try_again(run)
+                elif run.state == "running" and nobody_runs:
+                    self.give_back(run)
             if self._config.sampler == "grid":
                 known = [dict(run.parameters) for run in runs]
                 missing = [parameters for parameters in self._config.grid() if parameters not in known]
@@ -161,17 +167,30 @@ class SearchStore:
 
     # --- what becomes of a run; each of these is False where it has been given back to others meanwhile ---
 
-    def report(self, run: SearchRun, curve: Sequence[tuple[float, float]], **course: Any) -> bool:
-        """Record how far a run has come: its validation losses, and attributes like ``elapsed_seconds``."""
+    def report(self, run: SearchRun, curve: Sequence[tuple[float, float]], course: Mapping[str, Any]) -> bool:
+        """Record how far a run has come.
+
+        Args:
+            run: that is running.
+            curve: its validation losses by seconds or steps, as :class:`SearchRun` has them.
+            course: fields of :class:`SearchRun` like ``elapsed_seconds``.
+        """
         trial_id = self._trial_id(run)
+        trial = self._storage.get_trial(trial_id)
+        attributes = {
+            "curve": [list(point) for point in curve],
+            "course": {**trial.user_attrs.get("course", {}), **course},
+        }
+        changed = {name: value for name, value in attributes.items() if trial.user_attrs.get(name) != value}
         try:
-            for position, loss in curve[len(run.curve) :]:
-                self._storage.set_trial_intermediate_value(trial_id, int(position), loss)
-            for name, value in {"curve": curve, **course}.items():
+            for position, loss in curve:
+                if trial.intermediate_values.get(int(position)) != loss:
+                    self._storage.set_trial_intermediate_value(trial_id, int(position), loss)
+            for name, value in changed.items():
                 self._storage.set_trial_user_attr(trial_id, name, value)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        return True
+        return not trial.state.is_finished()
 
     def pause(self, run: SearchRun, rung: Rung, loss: float) -> bool:
         """A run has come to a rung: it waits there for :meth:`decide`."""
@@ -268,7 +287,8 @@ def _wait_anew(study: optuna.Study, trial: FrozenTrial, **attributes: Any) -> No
 
 def _search_run(trial: FrozenTrial) -> SearchRun:
     attributes = trial.user_attrs
-    recorded = {name: attributes[name] for name in _RECORDED if attributes.get(name) is not None}
+    told = {**attributes, **attributes.get("course", {})}
+    recorded = {name: told[name] for name in _RECORDED if told.get(name) is not None}
     curve = tuple((position, loss) for position, loss in attributes.get("curve", ()))
     own = (attributes["run"], trial.params, _state(trial))
     return SearchRun(*own, curve=curve, final_loss=trial.value, trial=trial.number, **recorded)
