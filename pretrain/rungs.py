@@ -25,9 +25,11 @@ class Rung:
     up, of the runs that get there, which pause until it is certain who they are"""
 
     def __post_init__(self) -> None:
-        share_of_run(self.at, 1.0)
-        keep = self._keep
-        if not keep or (self.bound is not None and not self.bound > 0):
+        try:
+            share_of_run(self.at, 1.0)
+        except ValueError as error:
+            raise ValueError(f"rung: at: {error}") from None
+        if not self._keep or (self.bound is not None and not self.bound > 0):
             raise ValueError(f"rung at {self.at}: keep '{self.keep}' is neither like 'below 6.0' nor like 'top 50 %'")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"rung at {self.at}: keep '{self.keep}' must name a share between 0 % and 100 %")

@@ -36,7 +36,7 @@ def test_a_share_that_keeps_none_or_all_is_refused(keep: str) -> None:
 
 
 def test_a_time_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="'soon' is not a duration"):
+    with pytest.raises(ValueError, match="rung: at: 'soon' is not a duration"):
         Rung("soon", "below 6.0")
 
 

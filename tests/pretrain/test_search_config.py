@@ -159,6 +159,7 @@ STEPS = dict.fromkeys(["validation_interval", "checkpoint_interval"], "10%") | {
         ({"learning_rate": [1e-3]}, {}, "no option learning_rate; the nearest is optimizer.learning_rate"),
         ({"train_batch": [64]}, {}, "no option train_batch; the nearest is train_batch_size"),
         ({"model": [1]}, {}, "no option model"),
+        ({1: [1]}, {}, "no option 1"),
         ({"time_budget": ["1h", "2h"]}, {}, "time_budget cannot vary"),
         ({"max_steps": [10, 20]}, {}, "max_steps cannot vary"),
         ({"resume": ["never"]}, {}, "resume cannot vary"),
@@ -191,6 +192,8 @@ STEPS = dict.fromkeys(["validation_interval", "checkpoint_interval"], "10%") | {
         (LEARNING_RATES, {"rungs": [Rung("12h", "below 6"), Rung("50%", "top 50 %")]}, "another rung is at the same"),
         (LEARNING_RATES, {"rungs": [Rung("12h", "below 6")], "hyperband": Hyperband()}, "either rungs or hyperband"),
         (LEARNING_RATES, {"hyperband": Hyperband("2d")}, "hyperband: first: 2d is not before the end"),
+        (LEARNING_RATES, {"hyperband": Hyperband("soon")}, "hyperband: first: 'soon' is not a duration"),
+        (LEARNING_RATES, {"hyperband": Hyperband(reduction_factor=1)}, "reduction_factor must be at least 2"),
         (LEARNING_RATES, {"pretrain": {"early_stop": "24hbert"}}, "pretrain.early_stop: .*rungs"),
         (LEARNING_RATES, {"pretrain": {"resume": "never"}}, "pretrain.resume must be auto"),
         ({"model.hidden_size": [64]}, {"pretrain": {"init_from": "bert"}}, "model.hidden_size cannot vary where"),
@@ -206,8 +209,3 @@ def test_what_cannot_be_searched_is_refused(space: dict[str, Any], options: dict
 
 def test_dropout_may_vary_where_init_from_gives_the_sizes() -> None:
     search({"model.hidden_dropout_prob": [0.0, 0.1]}, {"init_from": "bert-base-uncased"})
-
-
-def test_a_reduction_that_keeps_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="reduction_factor must be at least 2"):
-        Hyperband(reduction_factor=1)
