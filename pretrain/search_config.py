@@ -141,7 +141,7 @@ class SearchConfig:
             raise ValueError(f"hyperband: reduction_factor must be at least 2, not {self.hyperband.reduction_factor}")
         times = [(f"rung at {rung.at}", rung.at) for rung in self.rungs]
         times += [("hyperband: first", self.hyperband.first)] if self.hyperband else []
-        marks: dict[float, str] = {}
+        marks: dict[str, str] = {}
         for place, at in times:
             try:
                 mark = share_of_run(at, self.pretrain.budget_seconds)
