@@ -83,5 +83,5 @@ def verdict(losses: Sequence[tuple[float, int]], own: tuple[float, int], num_ope
 
 
 def _num_kept(num_runs: int, share: float) -> int:
-    """The share, rounded up, of the decimal number that is written: 0.1 of 30 is 3, though 0.1 * 30 is above it."""
+    """The share, rounded up, of the decimal number that is written: 0.07 of 100 is 7, though 0.07 * 100 is above it."""
     return math.ceil(Fraction(repr(share)) * num_runs)
