@@ -25,9 +25,11 @@ class Rung:
     up, of the runs that get there, which pause until it is certain who they are"""
 
     def __post_init__(self) -> None:
-        share_of_run(self.at, 1.0)
-        keep = self._keep
-        if not keep or (self.bound is not None and not self.bound > 0):
+        try:
+            share_of_run(self.at, 1.0)
+        except ValueError as error:
+            raise ValueError(f"rung: at: {error}") from None
+        if not self._keep or (self.bound is not None and not self.bound > 0):
             raise ValueError(f"rung at {self.at}: keep '{self.keep}' is neither like 'below 6.0' nor like 'top 50 %'")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"rung at {self.at}: keep '{self.keep}' must name a share between 0 % and 100 %")
@@ -81,5 +83,5 @@ def verdict(losses: Sequence[tuple[float, int]], own: tuple[float, int], num_ope
 
 
 def _num_kept(num_runs: int, share: float) -> int:
-    """The share, rounded up, of the decimal number that is written: 0.1 of 30 is 3, though 0.1 * 30 is above it."""
+    """The share, rounded up, of the decimal number that is written: 0.07 of 100 is 7, though 0.07 * 100 is above it."""
     return math.ceil(Fraction(repr(share)) * num_runs)

@@ -4,6 +4,7 @@ Every answer is a function of the search's configuration and its runs: they are 
 forgotten afterwards. So any process on any machine decides alike, and a kill loses nothing.
 """
 
+import itertools
 import logging
 import math
 import warnings
@@ -67,7 +68,7 @@ def propose(config: SearchConfig, runs: Sequence[SearchRun]) -> dict[str, Any]:
     """
     tried = [dict(run.parameters) for run in runs]
     trials = _trials(config.space, runs) if config.sampler == "tpe" else []
-    for parameters in (*_drawn(config, len(runs), trials), *_in_order(config)):
+    for parameters in itertools.chain(_drawn(config, len(runs), trials), _in_order(config)):
         if parameters not in tried and _is_accepted(config, parameters):
             return parameters
     raise UserError(
@@ -100,7 +101,7 @@ def _sampler(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _in_order(config: SearchConfig) -> Iterator[dict[str, Any]]:
-    """Every configuration of a space of lists."""
+    """Every configuration of a space of lists; none where there are ranges."""
     if not any(isinstance(values, Range) for values in config.space.values()):
         yield from config.combinations()
 
@@ -115,12 +116,13 @@ def _is_accepted(config: SearchConfig, parameters: Mapping[str, Any]) -> bool:
 
 def _trials(space: Mapping[str, list[Value] | Range], runs: Sequence[SearchRun]) -> list[FrozenTrial]:
     """The runs as Optuna's trials. One that diverged has no curve: nothing is worse."""
+    space_of_optuna = distributions(space)
     return [
         optuna.trial.create_trial(
             state=_STATES.get(run.state, TrialState.RUNNING),
             value=run.final_loss if run.state == "finished" else None,
             params=dict(run.parameters),
-            distributions=distributions(space),
+            distributions=space_of_optuna,
             intermediate_values={} if run.state == "diverged" else _points(run),
         )
         for run in runs

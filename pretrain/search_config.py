@@ -50,11 +50,6 @@ class Hyperband:
     reduction_factor: int = 3
     """one run in so many goes on, each time that as many times the budget is spent"""
 
-    def __post_init__(self) -> None:
-        share_of_run(self.first, 1.0)
-        if self.reduction_factor < 2:
-            raise ValueError(f"hyperband: reduction_factor must be at least 2, not {self.reduction_factor}")
-
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -112,7 +107,7 @@ class SearchConfig:
         kinds = option_kinds()
         for name, values in self.space.items():
             if name not in kinds:
-                nearest = difflib.get_close_matches(name, kinds, 1, 0.0)[0]
+                nearest = difflib.get_close_matches(str(name), kinds, 1, 0.0)[0]
                 raise ValueError(f"space: a run has no option {name}; the nearest is {nearest}")
             if name in _FIXED:
                 raise ValueError(f"space: {name} cannot vary: {_FIXED[name]}")
@@ -142,9 +137,11 @@ class SearchConfig:
     def _check_rungs(self) -> None:
         if self.rungs and self.hyperband:
             raise ValueError("give either rungs or hyperband")
+        if self.hyperband and self.hyperband.reduction_factor < 2:
+            raise ValueError(f"hyperband: reduction_factor must be at least 2, not {self.hyperband.reduction_factor}")
         times = [(f"rung at {rung.at}", rung.at) for rung in self.rungs]
         times += [("hyperband: first", self.hyperband.first)] if self.hyperband else []
-        marks: dict[float, str] = {}
+        marks: dict[str, str] = {}
         for place, at in times:
             try:
                 mark = share_of_run(at, self.pretrain.budget_seconds)

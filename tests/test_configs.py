@@ -1,6 +1,7 @@
 """Every recipe that is shipped loads, and holds what its paper says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from data_prep.config import DataConfig
 from finetune.grid import GridConfig
 from pretrain.config import PretrainConfig
 from pretrain.ds_config import load_ds_config
+from pretrain.early_stop import TWENTY_FOUR_HOUR_BERT
+from pretrain.rungs import Rung
+from pretrain.search_config import SearchConfig
 
 ROOT = Path(__file__).parent.parent
-CONFIG_CLASSES = {"data": DataConfig, "pretrain": PretrainConfig, "glue": GridConfig}
+CONFIG_CLASSES = {"data": DataConfig, "pretrain": PretrainConfig, "search": SearchConfig, "glue": GridConfig}
 RECIPES = sorted(ROOT.glob("configs/*/*.yaml"))
 
 
@@ -49,6 +53,41 @@ def test_the_budget_recipe_is_the_papers() -> None:
     data = load(ROOT / "configs/data/wikibook.yaml")
     assert (data.max_seq_length, data.dupe_factor, data.masked_lm_prob) == (128, 10, 0.15)
     assert (data.max_predictions_per_seq, data.short_seq_prob, data.validation_fraction) == (20, 0.1, 0.005)
+
+
+@pytest.mark.parametrize(("name", "schedule_length"), [("bert-base-settings", "3d"), ("bert-large-settings", "8.3d")])
+def test_the_reference_recipes_are_the_papers_table_2(name: str, schedule_length: str) -> None:
+    recipe, budget = load(ROOT / f"configs/pretrain/{name}.yaml"), load(ROOT / "configs/pretrain/24hbert.yaml")
+    assert recipe == replace(
+        budget,
+        train_batch_size=256,
+        optimizer=replace(budget.optimizer, learning_rate=1e-4),
+        warmup_proportion=0.111,
+        schedule_length=schedule_length,
+    )
+
+
+def test_the_search_recipe_is_the_papers() -> None:
+    search, best = load(ROOT / "configs/search/paper.yaml"), load(ROOT / "configs/pretrain/24hbert.yaml")
+    assert search.space == {
+        "train_batch_size": [4096, 8192, 16384],
+        "optimizer.learning_rate": [5e-4, 1e-3, 2e-3],
+        "warmup_proportion": [0, 0.02, 0.04, 0.06],
+        "schedule_length": ["1d", "3d", "9d"],
+    }
+    assert (search.num_planned, len(search.grid()), search.gpus_per_run) == (108, 108, 8)
+    assert search.pauses == [Rung("12h", "top 50 %")]
+    runs = [search.run_config(parameters) for parameters in search.grid()]
+    assert {(run.time_budget, *run.stop_rules) for run in runs} == {("24h", *TWENTY_FOUR_HOUR_BERT)}
+    assert replace(best, schedule_length="1d") in [replace(run, early_stop=[]) for run in runs]
+
+
+def test_the_search_demo_drops_at_every_rung_and_resumes_in_seconds() -> None:
+    search = load(ROOT / "configs/search/demo.yaml")
+    assert (search.num_planned, search.gpus_per_run) == (8, 1)
+    assert [rung.bound for rung in search.rungs] == [6.0, None]
+    assert search.pauses == search.rungs[1:]
+    assert search.pretrain.budget_seconds <= 20
 
 
 def test_the_grid_recipe_is_the_papers_table_5() -> None:
