@@ -14,9 +14,9 @@ from common.page import clean_axes, time_unit
 from pretrain.runs import Run
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS: Final = "osD^vPX"
-_GREY: Final = "#777777"
+GREY: Final = "#777777"
 _PARTS: Final = {  # of Run.spent_seconds
     "training": "#0072B2",
     "data_wait": "#D55E00",
@@ -53,6 +53,15 @@ PUBLISHED: Final = (
     PublishedLoss("BERT-base settings", 256, 1e-4, 11.1, 3.0, 2.050),
     PublishedLoss("BERT-large settings", 256, 1e-4, 11.1, 8.3, 2.318),
 )
+PUBLISHED_SEARCH: Final = (
+    PublishedLoss("24hBERT, 1st of its search", 4096, 2e-3, 6.0, 1.0, 1.717),
+    PublishedLoss("24hBERT, 2nd", 4096, 1e-3, 2.0, 1.0, 1.717),
+    PublishedLoss("24hBERT, 3rd", 4096, 1e-3, 6.0, 1.0, 1.720),
+    PublishedLoss("24hBERT, 4th", 8192, 1e-3, 6.0, 1.0, 1.722),
+    PublishedLoss("24hBERT, 5th", 4096, 2e-3, 4.0, 1.0, 1.723),
+    *PUBLISHED[1:],
+)
+"""All rows of that table: the best of its 108 configurations, and BERT's own settings."""
 
 
 def shows_published(runs: Sequence[Run]) -> bool:
@@ -75,11 +84,7 @@ def losses_figure(runs: Sequence[Run]) -> Figure:
         losses.plot(times, [point.loss for point in run.validation], markevery=every, **style)
         times = [point.elapsed_seconds / unit_seconds for point in run.train]
         rates.plot(times, [point.learning_rate for point in run.train], **{**style, "marker": ""})
-    losses.set_yscale("log")
-    losses.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
-    losses.tick_params(axis="y", labelsize=8)
-    losses.yaxis.set_major_formatter(ScalarFormatter())
-    losses.yaxis.set_minor_locator(NullLocator())
+    log_losses(losses)
     if published:
         _mark_published(losses, unit_seconds)
     losses.set_ylabel("validation loss (nats, log scale)")
@@ -88,6 +93,15 @@ def losses_figure(runs: Sequence[Run]) -> Figure:
     rates.set_ylim(bottom=0)
     _finish(figure, runs, unit, unit_seconds)
     return figure
+
+
+def log_losses(axes: Axes) -> None:
+    """A logarithmic axis of losses, which are read as plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def throughput_figure(runs: Sequence[Run]) -> Figure:
@@ -128,7 +142,7 @@ def spent_figure(runs: Sequence[Run]) -> Figure:
     handles = [axes.barh(0, 0, color=_PARTS[part]) for part in present]
     labels = [part.replace("_", " ") for part in present]
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    axes.set_yticks(range(len(runs)), [_plain(run.name) for run in runs], fontsize=8)
+    axes.set_yticks(range(len(runs)), [plain_label(run.name) for run in runs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the elapsed time (%)")
@@ -149,9 +163,9 @@ def _unit(runs: Sequence[Run]) -> tuple[str, float]:
 
 def _styled(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
     """Every run with a look of its own: colours and markers first, then other lines."""
-    looks = itertools.product(("-", "--", ":", "-."), zip(_COLOURS, _MARKERS, strict=True))
+    looks = itertools.product(("-", "--", ":", "-."), zip(COLOURS, _MARKERS, strict=True))
     return [
-        (run, {"color": colour, "marker": marker, "linestyle": line, "label": _plain(run.name), **_SIZES})
+        (run, {"color": colour, "marker": marker, "linestyle": line, "label": plain_label(run.name), **_SIZES})
         for run, (line, (colour, marker)) in zip(runs, itertools.cycle(looks), strict=False)
     ]
 
@@ -163,11 +177,11 @@ def _finish(figure: Figure, runs: Sequence[Run], unit: str, unit_seconds: float)
     reach = 1.02 * max(longest, *budgets, 0)
     for axes in figure.axes:
         for budget in budgets:
-            axes.axvline(budget / unit_seconds, color=_GREY, linewidth=0.9, linestyle=":", zorder=0)
+            axes.axvline(budget / unit_seconds, color=GREY, linewidth=0.9, linestyle=":", zorder=0)
         clean_axes(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if budgets:
-        handles.append(figure.axes[0].axvline(budgets.pop() / unit_seconds, color=_GREY, linewidth=0.9, linestyle=":"))
+        handles.append(figure.axes[0].axvline(budgets.pop() / unit_seconds, color=GREY, linewidth=0.9, linestyle=":"))
         labels.append("end of the time budget")
     figure.axes[-1].set_xlim(0, reach / unit_seconds)
     figure.axes[-1].set_xlabel(f"wall-clock time ({unit})")
@@ -190,12 +204,12 @@ def _mark_published(axes: Axes, unit_seconds: float) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=7.5,
-            arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6},
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
         )
     axes.text(1.04, height + 0.07, "published:", transform=axes.transAxes, va="center", fontsize=7.5, style="italic")
 
 
-def _plain(name: str) -> str:
+def plain_label(name: str) -> str:
     """A name as it is: without TeX, and in the legend even if it begins with an underscore."""
     name = name.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name

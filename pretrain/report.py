@@ -11,6 +11,7 @@ from common.page import HTML_FILE, MARKDOWN_FILE, Document, Plot, write_document
 from pretrain.plots import (
     PUBLISHED,
     PUBLISHED_HOURS,
+    PublishedLoss,
     duration,
     losses_figure,
     shows_published,
@@ -20,7 +21,7 @@ from pretrain.plots import (
 from pretrain.run_record import COMPLETE
 from pretrain.runs import Run, read_runs
 
-_UNKNOWN: Final = "-"
+UNKNOWN: Final = "-"
 _PLOTS: Final = ("losses", "throughput", "time")
 
 
@@ -35,8 +36,7 @@ def write_report(run_folders: Sequence[Path], output_dir: Path, price_per_gpu_ho
     Raises:
         UserError: a run can't be read, the price is none, or the output folder holds something else.
     """
-    if price_per_gpu_hour is not None and not 0 <= price_per_gpu_hour < math.inf:
-        raise UserError(f"price_per_gpu_hour must be at least 0, not {price_per_gpu_hour}")
+    check_price(price_per_gpu_hour)
     _check_replaceable(output_dir)
     runs = read_runs(run_folders)
     plots = _plots(runs)
@@ -48,12 +48,22 @@ def write_report(run_folders: Sequence[Path], output_dir: Path, price_per_gpu_ho
         _add_parts(document, runs)
         _add_settings(document, runs)
         _add_cost(document, runs, price_per_gpu_hour)
-        _add_published(document)
+        add_published(document, PUBLISHED)
 
     title = f"Pretraining: {runs[0].name}" if len(runs) == 1 else f"Pretraining: {len(runs)} runs"
     with errors_of_writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         write_documents(output_dir, title, plots, fill)
+
+
+def check_price(price_per_gpu_hour: float | None) -> None:
+    """Refuse what is no price.
+
+    Raises:
+        UserError: it is negative, or no number.
+    """
+    if price_per_gpu_hour is not None and not 0 <= price_per_gpu_hour < math.inf:
+        raise UserError(f"price_per_gpu_hour must be at least 0, not {price_per_gpu_hour}")
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -92,7 +102,7 @@ def _add_results(document: Document, runs: Sequence[Run]) -> None:
     document.paragraph(
         "Validation loss: mean cross-entropy of the held-out set's masked tokens, in nats; perplexity: its exponential;"
         " accuracy: share of these tokens that are predicted right. Losses of other data, tokenizers or held-out sets"
-        f" can't be compared with these. “{_UNKNOWN}”: not recorded, or not yet."
+        f" can't be compared with these. “{UNKNOWN}”: not recorded, or not yet."
     )
     for run in runs:
         for note in _notes(run):
@@ -104,18 +114,18 @@ def _add_results(document: Document, runs: Sequence[Run]) -> None:
 def _validation(run: Run) -> list[str]:
     """Loss, perplexity and accuracy at the end, or at the last validation so far with its step."""
     if run.final_loss is not None:
-        return [f"{run.final_loss:.4f}", _perplexity(run.final_loss), _percent(run.final_accuracy)]
+        return [f"{run.final_loss:.4f}", perplexity(run.final_loss), _percent(run.final_accuracy)]
     if not run.validation:
-        return [_UNKNOWN] * 3
+        return [UNKNOWN] * 3
     last = run.validation[-1]
-    return [f"{last.loss:.4f} (step {last.step:,})", _perplexity(last.loss), _percent(last.accuracy)]
+    return [f"{last.loss:.4f} (step {last.step:,})", perplexity(last.loss), _percent(last.accuracy)]
 
 
 def _course(run: Run) -> list[str]:
     return [
         f"{run.steps:,}",
         f"{run.sequences:,}",
-        _UNKNOWN if run.epochs is None else f"{run.epochs:.3g}",
+        UNKNOWN if run.epochs is None else f"{run.epochs:.3g}",
         duration(run.elapsed_seconds),
         run.stopped_by or "no end yet",
     ]
@@ -178,9 +188,9 @@ def _add_settings(document: Document, runs: Sequence[Run]) -> None:
     rows = [
         [
             run.name,
-            run.model or _UNKNOWN,
-            f"{run.architecture.num_parameters / 1e6:,.1f} M" if run.architecture else _UNKNOWN,
-            run.hardware or _UNKNOWN,
+            run.model or UNKNOWN,
+            f"{run.architecture.num_parameters / 1e6:,.1f} M" if run.architecture else UNKNOWN,
+            run.hardware or UNKNOWN,
             run.budget,
             f"{run.train_batch_size:,}",
             f"{run.learning_rate:g}",
@@ -196,9 +206,9 @@ def _add_cost(document: Document, runs: Sequence[Run], price: float | None) -> N
     rows = []
     for run in runs:
         hours = run.device_hours
-        row = [run.name, _median_speed(run), _percent(run.median_of("flop_utilisation")), _amount(hours)]
+        row = [run.name, _median_speed(run), _percent(run.median_of("flop_utilisation")), amount(hours)]
         if price is not None:
-            row.append(_amount(hours and price * hours))
+            row.append(amount(hours and price * hours))
         rows.append(row)
     document.table(header, rows)
     document.paragraph(
@@ -211,7 +221,8 @@ def _add_cost(document: Document, runs: Sequence[Run], price: float | None) -> N
     )
 
 
-def _add_published(document: Document) -> None:
+def add_published(document: Document, published: Sequence[PublishedLoss]) -> None:
+    """A section on losses of the paper, with what forbids to compare them."""
     document.heading("Published")
     header = ["", "validation loss", "train batch", "peak learning rate", "warmup", "schedule"]
     rows = [
@@ -223,7 +234,7 @@ def _add_published(document: Document) -> None:
             f"{row.warmup_percent:g} %",
             f"{row.schedule_days:g} d",
         ]
-        for row in PUBLISHED
+        for row in published
     ]
     document.table(header, rows)
     document.paragraph(
@@ -235,18 +246,20 @@ def _add_published(document: Document) -> None:
 
 def _median_speed(run: Run) -> str:
     speed = run.median_of("sequences_per_second")
-    return _UNKNOWN if speed is None else f"{speed:,.1f}"
+    return UNKNOWN if speed is None else f"{speed:,.1f}"
 
 
-def _amount(value: float | None) -> str:
+def amount(value: float | None) -> str:
+    """Of hours or money."""
     if value is None:
-        return _UNKNOWN
+        return UNKNOWN
     return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """The exponential of a loss in nats."""
     return f"{math.exp(loss):,.2f}" if loss < 100 else "over e^100"
 
 
 def _percent(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:.1f} %"
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
