@@ -129,7 +129,7 @@ def claim_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
     """
     check_folder(folder, config, may_change)
     try:
-        write_text(folder / CONFIG_FILE, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         _record_start(folder)
     except OSError as error:
         raise UserError(f"can't write to {folder} ({error.strerror}): give another --output_dir") from None
@@ -139,7 +139,7 @@ def check_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
     """Refuse what :func:`claim_folder` would refuse, and write nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give another --output_dir")
-    resolved = _plain(config)
+    resolved = plain(config)
     recorded_file = folder / CONFIG_FILE
     if recorded_file.exists():
         recorded = _read_config(recorded_file)
@@ -236,7 +236,7 @@ def file_lock(path: Path, blocking: bool = True) -> Iterator[None]:
         yield
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     """A dataclass as it will be read again from a file: tuples become lists."""
     return json.loads(json.dumps(asdict(config), default=str))
 

@@ -6,11 +6,10 @@ Losses can only be compared where all of it is the same, so a search records it 
 import ast
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from common.folders import sha256_of_file
+from common.folders import plain, sha256_of_file
 from data_prep.shards import Manifest
 from pretrain.search_config import SearchConfig
 
@@ -25,7 +24,7 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
     """By name, what must be the same for all runs of a search.
 
     Args:
-        config: of the search. Its space is no part of it: values may be added.
+        config: of the search.
         manifest: of the data folder.
         hardware: that a run computes on, see :func:`pretrain.places.hardware_of`.
     """
@@ -33,9 +32,10 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
     return {
         "data": manifest.sha256[:_SHOWN],
         "hardware": hardware,
-        **_flat(asdict(config.pretrain)),
+        **_flat(plain(config.pretrain)),
+        **{f"space of {name}": values for name, values in plain(config)["space"].items()},
         "rungs": rungs,
-        "hyperband": config.hyperband and asdict(config.hyperband),
+        "hyperband": config.hyperband and plain(config.hyperband),
         "sampler": config.sampler,
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         **{f"code of {name}": checksum for name, checksum in code_checksums().items()},

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from common.errors import UserError
-from common.folders import errors_of_writing, read_json, write_text
+from common.folders import errors_of_writing, plain, read_json, write_text
 from common.process_tree import COORDINATOR
 from pretrain.config import PretrainConfig
 from pretrain.places import VISIBLE_DEVICES, Place
@@ -227,14 +227,7 @@ def launch_environment(place: Place) -> dict[str, str]:
 
 def as_yaml(config: PretrainConfig) -> str:
     """As run_pretraining.py reads it."""
-    return yaml.safe_dump(_plain(asdict(config)))
-
-
-def _plain(value: Any) -> Any:
-    """As YAML has it: no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return yaml.safe_dump(plain(config), sort_keys=False)
 
 
 def read_outcome(folder: RunFolder, config: PretrainConfig) -> Outcome | None:

@@ -80,7 +80,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ("early_stop", "pause_at"):
-            if getattr(self.pretrain, name, None):
+            if getattr(self.pretrain, name):
                 raise ValueError(f"pretrain.{name}: {_FIXED[name]}")
         if self.pretrain.resume != "auto":
             raise ValueError(f"pretrain.resume must be auto, not {self.pretrain.resume}: {_FIXED['resume']}")
@@ -194,12 +194,6 @@ class SearchConfig:
             raise ValueError(f"space: {describe(parameters)}: {error}") from None
         return config
 
-    def contains(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether these are a configuration of the space."""
-        return parameters.keys() == self.space.keys() and all(
-            _lies_in(values, parameters[name]) for name, values in self.space.items()
-        )
-
     @property
     def pauses(self) -> list[Rung]:
         """The rungs at which a run pauses, in the order in which it gets there."""
@@ -250,12 +244,6 @@ def _takes(kind: Any, value: Value) -> bool:
         else type(value) is alternative or (alternative is float and type(value) is int)
         for alternative in _alternatives(kind)
     )
-
-
-def _lies_in(values: list[Value] | Range, value: Value) -> bool:
-    if isinstance(values, Range):
-        return type(value) in (int, float) and values.low <= value <= values.high
-    return any(value == other and type(value) is type(other) for other in values)
 
 
 def _check_values(name: str, values: list[Value], kind: Any) -> None:

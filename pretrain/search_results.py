@@ -3,7 +3,6 @@
 All tables and figures are told from its content alone.
 """
 
-import json
 import math
 import re
 import statistics
@@ -15,7 +14,7 @@ from typing import Any, Final, Literal
 import yaml
 
 from common.errors import UserError
-from common.folders import write_text
+from common.folders import plain, write_text
 from pretrain.budget import parse_duration
 from pretrain.config import PretrainConfig
 from pretrain.rungs import Rung
@@ -276,8 +275,7 @@ def write_best(config: SearchConfig, runs: Sequence[SearchRun], folder: Path) ->
         f" {finished[0].final_loss:.4f} after {_search(config)['budget']}.\n"
         f"# {len(finished)} of {config.num_planned} runs have finished. For run_pretraining.py --config.\n"
     )
-    plain = json.loads(json.dumps(asdict(best)))  # YAML has no tuples
-    write_text(folder / BEST_FILE, header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_text(folder / BEST_FILE, header + yaml.safe_dump(plain(best), sort_keys=False, allow_unicode=True))
     return folder / BEST_FILE
 
 

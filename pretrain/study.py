@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.storage import HEARTBEAT_SECONDS, STALE_SECONDS, SharedStorage
 from pretrain.rungs import Rung, verdict
 from pretrain.sampling import distributions, propose
-from pretrain.search_config import SearchConfig, describe
+from pretrain.search_config import SearchConfig
 from pretrain.search_runs import SearchRun, State
 
 STUDY_NAME: Final = "pretraining search"
@@ -71,8 +71,7 @@ class SearchStore:
         """Refuse a storage that holds anything else than this search, and write nothing.
 
         Raises:
-            UserError: it holds another study, runs of another budget (data, model, hardware, code ...), or runs that
-                are not in the space.
+            UserError: it holds another study, or runs of another budget (data, model, hardware, code ...).
         """
         for study in self._storage.get_all_studies():
             recorded = study.user_attrs.get("fingerprint")
@@ -81,13 +80,6 @@ class SearchStore:
                     f"the storage holds a study '{study.study_name}' of something else: give this search one of its own"
                 )
             _refuse_another(recorded, fingerprint)
-            self._study = self._load()
-            for run in self.runs():
-                if not self._config.contains(run.parameters):
-                    raise UserError(
-                        f"run {run.name} of the storage ({describe(run.parameters)}) is not in the space: a space can "
-                        "grow, but not shrink; give another --output_dir and storage"
-                    )
 
     def open(self, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Create or reopen the study; ``facts`` are what reports tell about it."""

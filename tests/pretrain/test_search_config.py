@@ -124,22 +124,6 @@ def test_a_folder_is_continued_by_the_same_search_alone(file: Path, tmp_path: Pa
         claim_folder(folder, load(file, "--seed", "1"))
 
 
-def test_a_configuration_lies_in_the_space_with_all_names_and_types() -> None:
-    config = search(
-        {"seed": [1, 2], "gradient_clipping": Range(0.0, 1.0), "schedule_length": [None, "3d"]},
-        sampler="random",
-        num_runs=3,
-    )
-    inside = {"seed": 1, "gradient_clipping": 1.0, "schedule_length": None}
-    assert config.contains(inside)
-    assert not config.contains(inside | {"seed": 3})
-    assert not config.contains(inside | {"seed": True})
-    assert not config.contains(inside | {"gradient_clipping": 1.01})
-    assert not config.contains(inside | {"gradient_clipping": None})
-    assert not config.contains(inside | {"train_batch_size": 64})
-    assert not config.contains({"seed": 1, "gradient_clipping": 1.0})
-
-
 RANGE = {"optimizer.learning_rate": Range(1e-4, 1e-2)}
 RANDOM = {"sampler": "random", "num_runs": 4}
 STEPS = dict.fromkeys(["validation_interval", "checkpoint_interval"], "10%") | {
