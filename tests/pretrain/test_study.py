@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 
 from common.errors import UserError
 from common.storage import errors_of_storage
@@ -193,8 +194,11 @@ def test_two_processes_never_take_the_same_run(tmp_path) -> None:
 def test_a_storage_that_fills_up_is_told_in_one_line(tmp_path) -> None:
     store = new_store(tmp_path)
     url = f"sqlite:///{tmp_path / 'trials.db'}"
-    store._storage.engine.connect().exec_driver_sql("PRAGMA max_page_count = 1")
     run = claim(store)
+    engine = store._storage.engine
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
+    store._storage.remove_session()
+    engine.dispose()  # the next connection has no room
     with (
         pytest.raises(UserError, match=r"does not take what has to be recorded .*full.*same command"),
         errors_of_storage(url),
