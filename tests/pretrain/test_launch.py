@@ -1,6 +1,6 @@
-"""A launch is one run's processes and no others: on their cores, told to leave, ended whole, and not outliving who
-started them."""
+"""A launch is one run's processes and no others: on their cores, asked to leave, ended whole, never orphaned."""
 
+import contextlib
 import json
 import os
 import signal
@@ -66,13 +66,18 @@ def living(needle: object) -> list[psutil.Process]:
     ]
 
 
-@pytest.fixture
-def folder(tmp_path) -> Iterator[RunFolder]:
-    folder = RunFolder(tmp_path / "007")
-    folder.run.mkdir(parents=True)
-    yield folder
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path) -> Iterator[None]:
+    yield
     for process in living(tmp_path):
         process.kill()
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "007")
+    folder.run.mkdir(parents=True)
+    return folder
 
 
 # What a start is given
@@ -268,52 +273,6 @@ def test_the_cause_of_an_end_is_what_the_run_or_its_launcher_has_said_last(folde
     assert last_word("", 1) == "ended with code 1 and no word"
 
 
-# Who dies with whom
-
-CHAIN = """\
-import os, pathlib, subprocess, sys, time
-from common.process_tree import COORDINATOR, is_broken, launcher_chain
-folder, generation = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-def tell(name):
-    (folder / f"{name}.tmp").write_text(str(os.getpid()))
-    os.rename(folder / f"{name}.tmp", folder / name)
-tell(f"pid-{generation}")
-if generation < 3:
-    if generation == 0:
-        os.environ[COORDINATOR] = str(os.getpid())
-    sys.exit(subprocess.call([sys.executable, "-c", sys.argv[3], str(folder), str(generation + 1), sys.argv[3]]))
-while not (folder / "look").exists():
-    time.sleep(0.01)
-chain = launcher_chain()
-tell("broken at once" if is_broken(chain) else "whole")
-while not is_broken(chain):
-    time.sleep(0.01)
-tell("broken")
-"""
-
-
-@pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("looks_before", [True, False])
-def test_a_rank_sees_the_death_of_its_coordinator_and_of_each_process_between(tmp_path, victim, looks_before) -> None:
-    command = [sys.executable, "-c", CHAIN, str(tmp_path), "0", CHAIN]
-    coordinator = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
-    wait_until((tmp_path / "pid-3").exists)
-    if looks_before:
-        (tmp_path / "look").touch()
-        wait_until((tmp_path / "whole").exists)
-        time.sleep(0.1)
-        assert not (tmp_path / "broken").exists()
-    os.kill(int((tmp_path / f"pid-{victim}").read_text()), signal.SIGKILL)
-    if victim == 0:
-        coordinator.wait()
-    time.sleep(0.05)
-    (tmp_path / "look").touch()
-    wait_until((tmp_path / "broken").exists, 10.0)
-    assert (tmp_path / "broken at once").exists() == (not looks_before)
-    wait_until(lambda: not living(tmp_path), 10.0)
-    coordinator.wait()
-
-
 # Real runs
 
 
@@ -335,12 +294,18 @@ def test_two_runs_side_by_side_stay_on_their_cores_pause_and_go_on_to_their_end(
         launches = [
             Launch.start(folder, config, data_dir, place) for folder, place in zip(folders, places, strict=True)
         ]
-        seen: set[tuple[str, tuple[int, ...]]] = set()
+        seen, gpus_of_ranks = set(), set()
         while any(launch.poll() is None for launch in launches):
-            for folder in folders:
-                seen |= {(folder.folder.name, tuple(process.cpu_affinity())) for process in living(folder.run)}
+            for name, process in (
+                (folder.folder.name, process) for folder in folders for process in living(folder.run)
+            ):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    seen.add((name, tuple(process.cpu_affinity())))
+                    if "RANK" in process.environ():
+                        gpus_of_ranks.add(process.environ()["CUDA_VISIBLE_DEVICES"])
             time.sleep(0.2)
         assert seen == {(place.name[-1], place.cores) for place in places}
+        assert gpus_of_ranks == {""}, "hidden GPUs stay hidden"
         for folder in folders:
             assert read_outcome(folder, config).stopped_by == expected, printed(folder)
             assert "on 1 x CPU, 1 thread each" in printed(folder)
@@ -400,7 +365,9 @@ def test_a_run_does_not_outlive_its_coordinator_and_loses_nothing(data_dir, fold
     coordinator = subprocess.Popen([sys.executable, "-c", COORDINATE, *arguments], cwd=REPOSITORY)
     has_come = {
         "launcher starts": lambda: living(folder.run),
-        "rank starts": lambda: any(process.environ().get("RANK") for process in living(folder.run)),
+        "rank starts": lambda: any(
+            "run_pretraining.py" in process.info["cmdline"][2] for process in living(folder.run)
+        ),
         "training": lambda: len(steps(folder)) > 5,
     }
     wait_until(has_come[moment])
