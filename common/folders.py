@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -241,6 +241,14 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def _record_start(folder: Path) -> None:
     """Add this process to the folder's record of who worked on it; the first entry made it, the others continued."""
     file = folder / PROVENANCE_FILE
@@ -280,7 +288,7 @@ def provenance() -> dict[str, Any]:
         "commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _RECORDED_PACKAGES},
-        "machine": {"system": platform.platform(), "processor": _processor_name(), "cpus": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": processor_name(), "cpus": os.cpu_count()},
     }
 
 
@@ -300,7 +308,7 @@ def _git_commit() -> str | None:
         return None
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from common.folders import plain, sha256_of_file
+from common.folders import leaves, plain, sha256_of_file
 from data_prep.shards import Manifest
 from pretrain.search_config import SearchConfig
 
@@ -28,11 +28,12 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
         manifest: of the data folder.
         hardware: that a run computes on, see :func:`pretrain.places.hardware_of`.
     """
+    settings = leaves(plain(config.pretrain))
     rungs = [f"{rung.at}: {rung.keep}" for rung in config.rungs]
     return {
         "data": manifest.sha256[:_SHOWN],
         "hardware": hardware,
-        **_flat(plain(config.pretrain)),
+        **{name: value for name, value in settings.items() if name not in _NO_MATTER},
         **{f"space of {name}": values for name, values in plain(config)["space"].items()},
         "rungs": rungs,
         "hyperband": config.hyperband and plain(config.hyperband),
@@ -40,17 +41,6 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         **{f"code of {name}": checksum for name, checksum in code_checksums().items()},
     }
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested options by their dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in _NO_MATTER:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
 
 
 def code_checksums() -> dict[str, str]:

@@ -1,18 +1,16 @@
 """Where runs can go on this machine, several side by side: disjoint GPUs, or disjoint CPU cores where it has no GPU."""
 
 import os
-import platform
-import re
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
 from common.errors import UserError
+from common.folders import processor_name
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -55,7 +53,7 @@ def hardware_of(place: Place) -> str:
         visible = _visible_gpus()
         names = sorted({torch.cuda.get_device_name(visible.index(gpu)) for gpu in place.gpus})
         return f"{len(place.gpus)} x {' and '.join(names)}"
-    return f"{_count(place.num_processes, 'process')} on {_count(len(place.cores), 'core')} of {_processor()}"
+    return f"{_count(place.num_processes, 'process')} on {_count(len(place.cores), 'core')} of {processor_name()}"
 
 
 def _visible_gpus() -> list[int]:
@@ -117,11 +115,3 @@ def _numbers(numbers: Sequence[int]) -> str:
         [number for _, number in group] for _, group in groupby(enumerate(numbers), lambda entry: entry[1] - entry[0])
     ]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _processor() -> str:
-    """The processor's name as the system tells it, else its architecture's."""
-    file = Path("/proc/cpuinfo")
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    named = re.search(r"^model name\s*: *(.+?) *$", text, flags=re.MULTILINE)
-    return named[1] if named else platform.machine()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.folders import CONFIG_FILE, read_json, require_folder
+from common.folders import CONFIG_FILE, leaves, read_json, require_folder
 from pretrain.architecture import PRESETS, Architecture
 from pretrain.run_record import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, lost_seconds, read_metrics
 
@@ -59,6 +59,8 @@ class Run:
     train_batch_size: int
     learning_rate: float
     """The peak."""
+    options: Mapping[str, Any]
+    """The whole configuration, by dotted names."""
     manifest_sha256: str | None
     """Of the data folder, and so of the held-out text."""
     steps: int
@@ -166,6 +168,7 @@ def _configured(file: Path) -> dict[str, Any]:
         "budget": str(config.get("time_budget") or f"{config['max_steps']:,} steps"),
         "train_batch_size": int(config["train_batch_size"]),
         "learning_rate": float(config["optimizer"]["learning_rate"]),
+        "options": leaves(config),
     }
 
 

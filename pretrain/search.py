@@ -5,29 +5,26 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from common.errors import UserError
-from common.folders import (
-    check_folder,
-    claim_folder,
-    errors_of_writing,
-    only_writer,
-    provenance,
-)
+from common.folders import check_folder, claim_folder, errors_of_writing, only_writer, provenance
 from common.page import HTML_FILE
 from common.storage import errors_of_storage, sqlite_file
 from data_prep.shards import Manifest, SplitReader, read_manifest
 from pretrain.architecture import Architecture, resolve
-from pretrain.batch_plan import check_divisible
 from pretrain.budget import parse_duration
 from pretrain.config import PretrainConfig
 from pretrain.coordinator import Coordinator
-from pretrain.ds_config import has_half_precision_weights, load_ds_config, zero_stage
+from pretrain.ds_config import autocast_dtype, has_half_precision_weights, load_ds_config, zero_stage
 from pretrain.fingerprint import search_fingerprint
 from pretrain.init_from import resolve_from
 from pretrain.interruptions import Interruptions
+from pretrain.kernels import check_kernels
 from pretrain.optimizer import check_optimizer
 from pretrain.places import Place, find_places, hardware_of
 from pretrain.sampling import propose
@@ -63,15 +60,16 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
     places = find_places(config.gpus_per_run, config.num_planned)
-    num_parameters = _check_runs(config, manifest, places[0].num_processes)
-    check_folder(output_dir, config, _MAY_CHANGE)
+    given, config = config, _on(config, places[0])
+    num_parameters = _check_runs(config, manifest, places[0])
+    check_folder(output_dir, given, _MAY_CHANGE)
     url, fingerprint = storage_url(config, output_dir), search_fingerprint(config, manifest, hardware_of(places[0]))
     facts = _facts(manifest, places, num_parameters)
     with errors_of_storage(url):
         if is_there(url):
             SearchStore(url, config).check(fingerprint)
         with _only_coordinator(output_dir, url):
-            claim_folder(output_dir, config, _MAY_CHANGE)
+            claim_folder(output_dir, given, _MAY_CHANGE)
             store = SearchStore(url, config)
             store.open(fingerprint, facts)
             store.add_missing(nobody_runs=config.storage is None)
@@ -84,6 +82,14 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
         return GOES_ON
     print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
     return 0
+
+
+def _on(config: SearchConfig, place: Place) -> SearchConfig:
+    """The search with as many processes a run as there are at a place of this machine."""
+    try:
+        return replace(config, gpus_per_run=place.num_processes)
+    except ValueError as error:  # a batch that can't be divided among them
+        raise UserError(str(error)) from None
 
 
 def _coordinate(
@@ -128,23 +134,25 @@ def _only_coordinator(output_dir: Path, url: str) -> Iterator[None]:
         yield
 
 
-def _check_runs(config: SearchConfig, manifest: Manifest, num_processes: int) -> int:
+def _check_runs(config: SearchConfig, manifest: Manifest, place: Place) -> int:
     """Refuse what any run would be refused for; the number of parameters of the first one's model.
 
     Raises:
         UserError: naming the configuration.
     """
     ds_config = load_ds_config(config.pretrain.ds_config)
-    first: Architecture | None = None
+    device = torch.device("cuda" if place.gpus else "cpu")
+    architectures: dict[Any, Architecture] = {}
     for parameters in config.grid() if config.sampler == "grid" else [propose(config, [])]:
         run = config.run_config(parameters)
         try:
-            check_divisible(run.train_batch_size, run.micro_batch_size, num_processes)
+            check_kernels(run.kernels, device, autocast_dtype(ds_config))
             check_optimizer(run.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
-            first = first or _architecture(run, manifest)
+            model = (run.init_from, run.model)
+            architectures[model] = architectures.get(model) or _architecture(run, manifest)
         except (UserError, ValueError) as error:
             raise UserError(f"{describe(parameters)}: {error}") from None
-    return first.num_parameters
+    return next(iter(architectures.values())).num_parameters
 
 
 def _architecture(config: PretrainConfig, manifest: Manifest) -> Architecture:

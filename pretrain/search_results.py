@@ -204,7 +204,7 @@ def _reference(config: SearchConfig, run: Run) -> dict[str, Any]:
     at = "elapsed_seconds" if config.pretrain.budget_seconds else "step"
     return {
         "name": run.name,
-        "parameters": {"train_batch_size": run.train_batch_size, "optimizer.learning_rate": run.learning_rate},
+        "parameters": {name: run.options.get(name) for name in config.space},
         "final_loss": run.final_loss,
         "steps": run.steps,
         "sequences": run.sequences,

@@ -106,6 +106,6 @@ def test_hardware_is_the_same_for_all_places_of_a_search_whatever_else_runs(mach
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA H{100 + 100 * (index > 3)}")
     assert {hardware_of(place) for place in find_places(2, needed=2)} == {"2 x NVIDIA H100"}
     machine(cores=tuple(range(9)))
-    monkeypatch.setattr("pretrain.places._processor", lambda: "AMD EPYC 7763")
+    monkeypatch.setattr("pretrain.places.processor_name", lambda: "AMD EPYC 7763")
     assert {hardware_of(place) for place in find_places(2, needed=100)} == {"2 processes on 2 cores of AMD EPYC 7763"}
     assert {hardware_of(place) for place in find_places(1, needed=100)} == {"1 process on 1 core of AMD EPYC 7763"}
