@@ -213,6 +213,29 @@ def test_an_allocation_that_ends_takes_the_coordinator_with_its_runs(begin: Begi
     assert sorted(made.states()) == ["waiting"] * 4
 
 
+def test_a_run_that_ended_while_no_coordinator_lived_is_recorded_whole_without_a_start(
+    begin: Begin, monkeypatch
+) -> None:
+    made = begin(NO_RUNGS, num_places=4)
+
+    def die() -> None:
+        raise Killed
+
+    made.machine.at[RUN_SECONDS - 3.5] = die
+    with pytest.raises(Killed):
+        made.run(monkeypatch)
+    for launch in made.machine.living():
+        launch.asked = False  # it comes to its end before it hears of it
+    while made.machine.living():
+        made.machine.sleep(1.0)
+    assert made.store.runs()[0].steps < RUN_SECONDS
+    made.run(monkeypatch)
+    assert made.states() == ["finished"] * 4
+    assert len(made.machine.launches) == 4
+    for run in made.store.runs():
+        assert (run.steps, run.sequences, run.curve[-1][0]) == (RUN_SECONDS, 4 * RUN_SECONDS, RUN_SECONDS)
+
+
 class Killed(BaseException):
     """Stands in for SIGKILL."""
 
