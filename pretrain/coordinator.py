@@ -168,9 +168,20 @@ class Coordinator:
         return RunFolder(self._runs_dir / run.name)
 
     def _may_run(self, run: SearchRun) -> bool:
-        """Whether this machine can go on with it: what has begun goes on in its folder, once nobody else is there."""
+        """Whether this machine can go on with it: what has begun goes on in its folder, once nobody else is there.
+
+        Raises:
+            UserError: the folder is gone, and no other machine can have it.
+        """
         folder = self._folder(run).run
-        return writer_of(folder) is None if folder.exists() else run.elapsed_seconds == 0
+        if folder.exists():
+            return writer_of(folder) is None
+        if run.elapsed_seconds and self._config.storage is None:
+            raise UserError(
+                f"{folder} is gone, where run {run.name} has come to step {run.steps}: put it back, or begin the search"
+                " anew with another --output_dir"
+            )
+        return run.elapsed_seconds == 0
 
     def _start(self, run: SearchRun, place: Place) -> None:
         """Launch it, unless its folder shows that it has come to its end, or its pause, already."""
