@@ -66,7 +66,7 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
     url, fingerprint = storage_url(config, output_dir), search_fingerprint(config, manifest, hardware_of(places[0]))
     facts = _facts(manifest, places, num_parameters)
     with errors_of_storage(url):
-        if is_there(url):
+        if config.storage or is_there(url):  # one that can't be opened is refused before the folder names it
             SearchStore(url, config).check(fingerprint)
         with _only_coordinator(output_dir, url):
             claim_folder(output_dir, given, _MAY_CHANGE)
