@@ -54,7 +54,7 @@ def describe_search(folder: Path, price_per_gpu_hour: float | None = None) -> tu
     config, store = _read_search(folder)
     runs = store.runs()
     progress = look(config, store.facts(), runs, time.time(), price_per_gpu_hour)
-    is_over = len(runs) == config.num_planned and not any(run.state in UNFINISHED for run in runs)
+    is_over = len(runs) >= config.num_planned and not any(run.state in UNFINISHED for run in runs)
     return progress.line(), progress.tables(), 0 if is_over else GOES_ON
 
 

@@ -74,12 +74,12 @@ class SearchStore:
             UserError: it holds another study, or runs of another budget (data, model, hardware, code ...).
         """
         for study in self._storage.get_all_studies():
-            recorded = study.user_attrs.get("fingerprint")
-            if study.study_name != STUDY_NAME or recorded is None:
+            if study.study_name != STUDY_NAME:
                 raise UserError(
                     f"the storage holds a study '{study.study_name}' of something else: give this search one of its own"
                 )
-            _refuse_another(recorded, fingerprint)
+            if "fingerprint" in study.user_attrs:  # a kill may have come before it was written
+                _refuse_another(study.user_attrs["fingerprint"], fingerprint)
 
     def open(self, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Create or reopen the study; ``facts`` are what reports tell about it."""
@@ -186,7 +186,8 @@ class SearchStore:
 
     def pause(self, run: SearchRun, rung: Rung, loss: float) -> bool:
         """A run has come to a rung: it waits there for :meth:`decide`."""
-        return self._wait(run, paused=True, rung_losses={**run.rung_losses, rung.at: loss})
+        # The loss first: after a kill between the two nobody could judge a paused run without it.
+        return self._wait(run, rung_losses={**run.rung_losses, rung.at: loss}, paused=True)
 
     def give_back(self, run: SearchRun, **counts: int) -> bool:
         """Let a run that was interrupted wait again; ``counts`` are its ``kills`` and ``errors`` in a row."""
@@ -205,7 +206,7 @@ class SearchStore:
         dropped (Izsak et al. 2021, 4.2)."""
         with self._shared.exclusive():
             runs = self.runs()
-            to_come = self._config.num_planned - len(runs)
+            to_come = max(0, self._config.num_planned - len(runs))  # num_runs may have been lowered
             for stretch, rung in enumerate(self._config.pauses):
                 losses = [(run.rung_losses[rung.at], run.number) for run in runs if rung.at in run.rung_losses]
                 num_open = to_come + sum(
