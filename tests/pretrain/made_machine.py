@@ -19,6 +19,7 @@ from pretrain.coordinator import Coordinator
 from pretrain.early_stop import EarlyStop
 from pretrain.launch import RunFolder
 from pretrain.places import Place
+from pretrain.rungs import Rung
 from pretrain.search_config import SearchConfig
 from pretrain.study import SearchStore
 from pretrain.summary import write_summary
@@ -27,6 +28,20 @@ RUN_SECONDS = 16
 """Of every run; a step takes a second."""
 INTERVAL = 2
 """Seconds between two validations, each with a checkpoint."""
+
+CONFIG = SearchConfig(
+    pretrain=PretrainConfig(
+        time_budget=None,
+        max_steps=RUN_SECONDS,
+        validation_interval="12.5%",
+        early_validation_interval=None,
+        checkpoint_interval="12.5%",
+    ),
+    space={"seed": [3, 30, 1, 2]},  # the greater the worse; 30 stays above the bound
+    rungs=[Rung("25%", "below 6.5"), Rung("50%", "top 50 %")],
+)
+AS_THE_RULES_SAY = ["dropped", "dropped", "finished", "finished"]
+"""Of ``CONFIG``."""
 
 
 def final_loss(config: PretrainConfig) -> float:
@@ -50,7 +65,12 @@ class Fate:
     diverged: bool = False
 
 
+class Killed(BaseException):
+    """Stands in for SIGKILL of the coordinator."""
+
+
 KILLED = -9
+"""The exit code of a launcher that has got SIGKILL."""
 NO_ROOM = "error: can't write to /data (No space left on device): mend that"
 
 
@@ -66,11 +86,11 @@ class Machine:
         self.launches: list[MadeLaunch] = []
         self.at: dict[float, Callable[[], Any]] = {}  # what happens when
         self.always: list[Callable[[], Any]] = []
-        self._fates = defaultdict(list, {number: list(fates) for number, fates in (fates or {}).items()})
+        self.fates = defaultdict(list, {number: list(fates) for number, fates in (fates or {}).items()})
 
     def start(self, folder: RunFolder, config: PretrainConfig, data_dir: Path, place: Place) -> "MadeLaunch":
         assert place not in [launch.place for launch in self.living()], "two runs at one place"
-        fates = self._fates[int(folder.folder.name)]
+        fates = self.fates[int(folder.folder.name)]
         checkpoint = latest_checkpoint(folder.run)
         step = read_state(checkpoint).step if checkpoint else 0
         launch = MadeLaunch(self, folder, config, place, step, fates.pop(0) if fates else None)
@@ -83,6 +103,11 @@ class Machine:
     def of(self, number: int) -> list["MadeLaunch"]:
         """The starts of a run."""
         return [launch for launch in self.launches if launch.number == number]
+
+    def coordinator_is_gone(self) -> None:
+        """What still runs notices it, saves and leaves."""
+        for launch in self.living():
+            launch.leave("launcher_died")
 
     def sleep(self, seconds: float) -> None:
         """What passes while the coordinator waits."""

@@ -12,31 +12,28 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from common.errors import UserError
 from common.folders import file_lock
 from pretrain import study
-from pretrain.config import PretrainConfig
 from pretrain.coordinator import MAX_FAILURES
 from pretrain.rungs import Rung
 from pretrain.search_config import Hyperband, SearchConfig
-from tests.pretrain.made_machine import INTERVAL, KILLED, NO_ROOM, RUN_SECONDS, Fate, Machine, MadeSearch
-
-CONFIG = SearchConfig(
-    pretrain=PretrainConfig(
-        time_budget=None,
-        max_steps=RUN_SECONDS,
-        validation_interval="12.5%",
-        early_validation_interval=None,
-        checkpoint_interval="12.5%",
-    ),
-    space={"seed": [3, 30, 1, 2]},  # the greater the worse; 30 stays above the bound
-    rungs=[Rung("25%", "below 6.5"), Rung("50%", "top 50 %")],
+from tests.pretrain.made_machine import (
+    AS_THE_RULES_SAY,
+    CONFIG,
+    INTERVAL,
+    KILLED,
+    NO_ROOM,
+    RUN_SECONDS,
+    Fate,
+    Killed,
+    Machine,
+    MadeSearch,
 )
+
 NO_RUNGS = replace(CONFIG, rungs=[])
-AS_THE_RULES_SAY = ["dropped", "dropped", "finished", "finished"]
 CRASH = Fate(1, 1, "RuntimeError: out of luck\n")
 
 Begin = Callable[..., MadeSearch]
@@ -236,87 +233,6 @@ def test_a_run_that_ended_while_no_coordinator_lived_is_recorded_whole_without_a
         assert (run.steps, run.sequences, run.curve[-1][0]) == (RUN_SECONDS, 4 * RUN_SECONDS, RUN_SECONDS)
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL."""
-
-
-def killed_after(writes: int, monkeypatch) -> None:
-    """The process dies when it has written to the storage so often."""
-    left = [writes]
-
-    def counted(write: Callable) -> Callable:
-        def attempt(*arguments: Any, **named: Any) -> Any:
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            return write(*arguments, **named)
-
-        return attempt
-
-    for name in ("set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value", "create_new_trial"):
-        monkeypatch.setattr(RDBStorage, name, counted(getattr(RDBStorage, name)))
-
-
-def result(made: MadeSearch) -> list[dict[str, Any]]:
-    told = (
-        "parameters",
-        "state",
-        "because",
-        "curve",
-        "steps",
-        "sequences",
-        "elapsed_seconds",
-        "rung_losses",
-        "final_loss",
-    )
-    return [{name: getattr(run, name) for name in told} for run in made.store.runs()]
-
-
-def killed_and_done(folder: Path, writes: int) -> tuple[MadeSearch, bool]:
-    """A search whose coordinator is killed after so many writes, and which goes on; and whether it was killed."""
-    folder.mkdir()
-    made = MadeSearch(CONFIG, folder, Machine())
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        killed_after(writes, monkeypatch)
-        try:
-            made.run(monkeypatch)
-        except Killed:
-            was_killed = True
-        else:
-            was_killed = False
-    for launch in made.machine.living():
-        launch.leave("launcher_died")
-    made.store = made.open()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        made.run(monkeypatch)
-    return made, was_killed
-
-
-def check_kills(tmp_path: Path, moments: Iterator[int]) -> int:
-    """How many of the kills came before the end of the search."""
-    undisturbed, _ = killed_and_done(tmp_path / "undisturbed", 10**6)
-    num_killed = 0
-    for writes in moments:
-        made, was_killed = killed_and_done(tmp_path / f"{writes}", writes)
-        assert result(made) == result(undisturbed), f"killed after {writes} writes"
-        trained = sum(launch.step - launch.first_step for launch in made.machine.launches)
-        assert trained == 8 + 4 + 16 + 16, f"killed after {writes} writes: nothing is done twice"
-        num_killed += was_killed
-        if not was_killed:
-            break
-    return num_killed
-
-
-def test_a_coordinator_killed_between_two_writes_loses_nothing(tmp_path) -> None:
-    assert check_kills(tmp_path, iter([40, 57])) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_coordinator_killed_between_any_two_writes_loses_nothing(tmp_path) -> None:
-    assert check_kills(tmp_path, iter(range(1000))) > 100
-
-
 # --- others in the same place ---
 
 
@@ -384,3 +300,36 @@ def test_a_run_that_another_machine_has_taken_over_is_let_go(begin: Begin, monke
     assert launch.asked
     assert launch.step < 8
     assert [run.final_loss for run in made.store.runs()] == [1.0, *map(pytest.approx, (5.0, 2.1, 2.2))]
+
+
+# --- between two starts ---
+
+
+def test_fewer_runs_than_there_are_leave_the_rungs_fair(tmp_path, monkeypatch) -> None:
+    """Of four runs that reach the rung two go on, whatever ``num_runs`` has become meanwhile."""
+    config = replace(CONFIG, sampler="random", num_runs=4, space={"seed": [1, 2, 3, 4]})
+    made = MadeSearch(config, tmp_path, Machine(), num_places=4)
+    made.machine.at[5.5] = lambda: setattr(made.asked, "reason", "SIGTERM")
+    assert made.run(monkeypatch) == "SIGTERM"
+    fewer = MadeSearch(replace(config, num_runs=1), tmp_path, made.machine, num_places=4)
+    assert fewer.run(monkeypatch) is None
+    assert {run.parameters["seed"]: run.state for run in fewer.store.runs()} == {
+        1: "finished",
+        2: "finished",
+        3: "dropped",
+        4: "dropped",
+    }
+
+
+def test_a_run_whose_folder_is_gone_is_named_instead_of_waited_for(begin: Begin, monkeypatch) -> None:
+    made = begin()
+    made.machine.at[5.5] = lambda: setattr(made.asked, "reason", "SIGTERM")
+    made.run(monkeypatch)
+    made.asked.reason = None
+    (made.runs_dir / "000").rename(made.folder / "elsewhere")
+    made.machine.at[1000.0] = lambda: pytest.fail("it waits for ever")
+    with pytest.raises(UserError, match=r"runs/000/run is gone.*: put it back"):
+        made.run(monkeypatch)
+    (made.folder / "elsewhere").rename(made.runs_dir / "000")
+    assert made.run(monkeypatch) is None
+    assert made.states() == AS_THE_RULES_SAY
