@@ -209,13 +209,22 @@ class Coordinator:
     def _report(self, start: _Start) -> None:
         """Tell the storage how far a run has come; it leaves if it is not ours any more, or if Hyperband drops it."""
         run, (curve, course) = start.run, course_of(start.folder, self._in_steps)
+        reason = self._pruned_because(run, curve)
         if not self._store.report(run, curve, course):
             start.launch.ask_to_leave()  # this machine gave no sign of life for long: another has taken it over
-        elif self._config.hyperband and run.number not in self._dropped:
-            reason = is_pruned(self._config, self._store.runs(), replace(run, curve=curve))
-            if reason:
-                self._dropped[run.number] = reason
-                start.launch.ask_to_leave()
+        elif reason:
+            self._dropped[run.number] = reason
+            start.launch.ask_to_leave()
+
+    def _pruned_because(self, run: SearchRun, curve: Sequence[tuple[float, float]]) -> str | None:
+        """Why Hyperband drops it at a point that is new: it judges every point once, and there may be several."""
+        if not self._config.hyperband or run.number in self._dropped:
+            return None
+        runs = self._store.runs()
+        num_known = len(runs[run.number].curve)
+        courses = (replace(run, curve=tuple(curve[:end])) for end in range(num_known + 1, len(curve) + 1))
+        reasons = (is_pruned(self._config, runs, course) for course in courses)
+        return next(filter(None, reasons), None)
 
     @property
     def _in_steps(self) -> bool:

@@ -235,7 +235,7 @@ class MadeSearch:
     folder: Path
     machine: Machine
     num_places: int = 2
-    heartbeat_seconds: int = 15
+    look_seconds: float = 6.0  # looks take most of a test's time
     asked: Asked = field(default_factory=Asked)
     store: SearchStore = field(init=False)
 
@@ -264,6 +264,7 @@ class MadeSearch:
         )
         monkeypatch.setattr(coordinator, "time", clock)
         monkeypatch.setattr(coordinator, "Launch", self.machine)
+        monkeypatch.setattr(coordinator, "_LOOK_SECONDS", self.look_seconds)
         self.store.add_missing(nobody_runs=True)
         places = [Place(f"here, core {core}", 1, (), (core,)) for core in range(self.num_places)]
         shown = lambda: None  # noqa: E731

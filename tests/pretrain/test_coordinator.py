@@ -70,13 +70,12 @@ def test_runs_pause_at_the_rung_and_the_best_half_goes_on_from_there(begin: Begi
     assert best.launch_seconds == pytest.approx(RUN_SECONDS, abs=1.0)
 
 
-@pytest.mark.parametrize("num_places", [1, 3])
-def test_no_place_idles_while_a_run_waits(begin: Begin, monkeypatch, num_places: int) -> None:
-    made = begin(num_places=num_places)
+def test_no_place_idles_while_a_run_waits(begin: Begin, monkeypatch) -> None:
+    made = begin(num_places=3)
     idle = []
 
     def look() -> None:
-        if len(made.machine.living()) < num_places:
+        if len(made.machine.living()) < 3:
             idle.extend(run.number for run in made.store.runs() if run.state == "waiting")
 
     made.machine.always.append(look)
@@ -87,22 +86,14 @@ def test_no_place_idles_while_a_run_waits(begin: Begin, monkeypatch, num_places:
 
 def test_the_longest_way_to_go_comes_first(begin: Begin, monkeypatch) -> None:
     """A run that has been promoted lets those that have not begun go before it."""
-    made = begin(replace(CONFIG, space={"seed": [1, 2, 3, 4, 5, 6]}, rungs=[Rung("50%", "top 50 %")]), num_places=1)
+    made = begin(replace(CONFIG, space={"seed": [1, 2, 3, 4]}, rungs=[Rung("50%", "top 50 %")]), num_places=1)
     promoted = []
     made.machine.always.append(
         lambda: promoted.append(len(made.machine.launches)) if made.store.runs()[0].stretch else 0
     )
     made.run(monkeypatch)
     assert min(promoted) < 6, "known before all have begun"
-    assert [launch.number for launch in made.machine.launches] == [0, 1, 2, 3, 4, 5, 0, 1, 2]
-
-
-def test_a_run_that_diverges_is_dropped_at_once(begin: Begin, monkeypatch) -> None:
-    made = begin(fates={2: [Fate(3, 2, "the loss is not finite", diverged=True)]})
-    made.run(monkeypatch)
-    assert made.states() == ["dropped", "dropped", "diverged", "finished"]
-    assert made.store.runs()[2].because == "the loss is not finite"
-    assert len(made.machine.of(2)) == 1
+    assert [launch.number for launch in made.machine.launches] == [0, 1, 2, 3, 0, 1]
 
 
 def test_hyperband_ends_runs_that_do_badly_and_never_starts_them_again(begin: Begin, monkeypatch) -> None:
@@ -120,13 +111,17 @@ def test_hyperband_ends_runs_that_do_badly_and_never_starts_them_again(begin: Be
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_only_the_checkpoints_of_dropped_runs_are_removed(begin: Begin, monkeypatch, kept: bool) -> None:
+def test_a_run_that_diverges_is_ended_at_once_and_only_checkpoints_of_dropped_runs_are_removed(
+    begin: Begin, monkeypatch, kept: bool
+) -> None:
     fates = {2: [Fate(3, 2, "the loss is not finite", diverged=True)]}
     made = begin(replace(CONFIG, keep_dropped_checkpoints=kept), fates)
     made.run(monkeypatch)
     there = [(made.runs_dir / run.name / "run" / "checkpoints").exists() for run in made.store.runs()]
     assert made.states() == ["dropped", "dropped", "diverged", "finished"]
     assert there == [kept, kept, True, True]
+    assert made.store.runs()[2].because == "the loss is not finite"
+    assert len(made.machine.of(2)) == 1
 
 
 # --- runs that fail ---
