@@ -88,6 +88,16 @@ class Machine:
         self.always: list[Callable[[], Any]] = []
         self.fates = defaultdict(list, {number: list(fates) for number, fates in (fates or {}).items()})
 
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have coordinators run here, with fewer looks: they take most of a test's time."""
+
+        def now() -> float:
+            return self.now
+
+        monkeypatch.setattr(coordinator, "time", SimpleNamespace(sleep=self.sleep, monotonic=now, time=now))
+        monkeypatch.setattr(coordinator, "Launch", self)
+        monkeypatch.setattr(coordinator, "_LOOK_SECONDS", 6.0)
+
     def start(self, folder: RunFolder, config: PretrainConfig, data_dir: Path, place: Place) -> "MadeLaunch":
         assert place not in [launch.place for launch in self.living()], "two runs at one place"
         fates = self.fates[int(folder.folder.name)]
@@ -235,7 +245,6 @@ class MadeSearch:
     folder: Path
     machine: Machine
     num_places: int = 2
-    look_seconds: float = 6.0  # looks take most of a test's time
     asked: Asked = field(default_factory=Asked)
     store: SearchStore = field(init=False)
 
@@ -259,17 +268,11 @@ class MadeSearch:
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> str | None:
         """The same command, once more."""
-        clock = SimpleNamespace(
-            sleep=self.machine.sleep, monotonic=lambda: self.machine.now, time=lambda: self.machine.now
-        )
-        monkeypatch.setattr(coordinator, "time", clock)
-        monkeypatch.setattr(coordinator, "Launch", self.machine)
-        monkeypatch.setattr(coordinator, "_LOOK_SECONDS", self.look_seconds)
+        self.machine.stand_in(monkeypatch)
         self.store.add_missing(nobody_runs=True)
         places = [Place(f"here, core {core}", 1, (), (core,)) for core in range(self.num_places)]
-        shown = lambda: None  # noqa: E731
-        arguments = (self.config, self.store, self.folder, self.runs_dir, places, self.asked, shown)
-        return Coordinator(*arguments).run()
+        where = (self.folder, self.folder / "runs", places)
+        return Coordinator(self.config, self.store, *where, self.asked, show=lambda: None).run()
 
     def states(self) -> list[str]:
         return [run.state for run in self.store.runs()]

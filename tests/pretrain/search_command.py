@@ -45,6 +45,7 @@ def run_command(name: str, *arguments: object) -> tuple[int, str]:
 
 
 def refused(answer: tuple[int, str], *words: str) -> None:
+    """What :func:`run_command` answers is an error with these words."""
     code, error = answer
     assert code == 2
     assert error.startswith("error: ")

@@ -7,7 +7,6 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -15,7 +14,7 @@ import sqlalchemy
 
 from common import storage
 from common.folders import file_lock
-from pretrain import coordinator, fingerprint, search, search_record
+from pretrain import fingerprint, search, search_record
 from pretrain.study import SearchStore
 from tests.pretrain.made_machine import Fate, Killed, Machine
 from tests.pretrain.search_command import refused, run_command, write_config
@@ -25,9 +24,8 @@ from tests.pretrain.search_command import refused, run_command, write_config
 def machine(monkeypatch) -> Machine:
     """Runs are made up: see :mod:`tests.pretrain.made_machine`."""
     made = Machine()
-    clock = SimpleNamespace(sleep=made.sleep, monotonic=lambda: made.now, time=lambda: made.now)
-    monkeypatch.setattr(coordinator, "time", clock)
-    monkeypatch.setattr(coordinator, "Launch", made)
+    made.stand_in(monkeypatch)
+    monkeypatch.setattr(fingerprint, "code_checksums", lambda: {"pretrain/model.py": "4567"})  # of one file, not of all
     return made
 
 
@@ -75,7 +73,7 @@ def command(tmp_path, data_dir, machine) -> Command:
         ({"gpus_per_run": 1000, "space": {"train_batch_size": [24_000]}}, ["gpus_per_run 1000", socket.gethostname()]),
         ({"gpus_per_run": 0}, ["gpus_per_run must be at least 1"]),
         ({"storage": "mysql://host/studies"}, ["mysql://host/studies", "postgresql"]),
-        ({"storage": "studies"}, ["studies is no URL"]),
+        ({"storage": "studies"}, ["the storage studies cannot be opened", "URL"]),
         ({"storage": "sqlite:////nowhere/studies.db"}, ["/nowhere/studies.db", "No such file or directory"]),
         ({"unknown": 1}, ["unknown"]),
     ],
@@ -145,9 +143,8 @@ def test_a_search_goes_on_only_with_what_it_was_begun_with(command: Command, tmp
         another_machine.setattr(search, "hardware_of", lambda place: "8 x NVIDIA H200")
         refused(command("--storage", url), "hardware was ", "is 8 x NVIDIA H200")
     with monkeypatch.context() as newer:
-        code = {**fingerprint.code_checksums(), "pretrain/model.py": "0123"}
-        newer.setattr(fingerprint, "code_checksums", lambda: code)
-        refused(command("--storage", url), "(code of pretrain/model.py was ", ", is 0123)")
+        newer.setattr(fingerprint, "code_checksums", lambda: {"pretrain/model.py": "0123"})
+        refused(command("--storage", url), "(code of pretrain/model.py was 4567, is 0123)")
     assert not (tmp_path / "T").exists()
     assert command("--storage", url)[0] == 0
 
