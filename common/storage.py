@@ -5,6 +5,7 @@ Optuna's SQLite storage cannot compare and set, so whoever looks for trials to a
 
 import contextlib
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -65,9 +66,9 @@ class SharedStorage:
                     heartbeat_stale_trial_callback=give_back,
                 )
         except ImportError:
-            raise UserError(f"the storage {shown(url)} needs a driver: pip install 'psycopg[binary]'") from None
+            raise UserError(f"the storage {url} needs a driver: pip install 'psycopg[binary]'") from None
         except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
-            raise UserError(f"the storage {shown(url)} cannot be opened: {_reason(error)}") from error
+            raise UserError(f"the storage {url} cannot be opened: {_reason(error)}") from error
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -140,17 +141,22 @@ def errors_of_storage(url: str) -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise UserError(
-            f"the storage {shown(url)} does not take what has to be recorded ({_reason(error.__cause__ or error)}):"
+            f"the storage {url} does not take what has to be recorded ({_reason(error.__cause__ or error)}):"
             " mend that and run the same command again, which goes on from here"
         ) from None
 
 
-def shown(url: str) -> str:
-    """A storage's URL for people, without its password."""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
+def refuse_password(url: str | None) -> None:
+    """Refuse a URL that holds a password, which configurations, logs and error messages would repeat.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    if url and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", url):
+        raise ValueError(
+            "storage holds a password, which would be written into the output folder: leave it out of the URL and "
+            "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
+        )
 
 
 def _reason(error: BaseException) -> str:
