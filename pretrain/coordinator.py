@@ -176,6 +176,7 @@ class Coordinator:
         """Launch it, unless its folder shows that it has come to its end, or its pause, already."""
         folder, config = self._folder(run), self._run_config(run)
         if outcome := read_outcome(folder, config):
+            self._store.report(run, *course_of(folder, self._in_steps, saved=True))
             self._record(run, folder, outcome)
             return
         with errors_of_writing(folder.folder):
