@@ -78,6 +78,7 @@ class Coordinator:
         self._config, self._store, self._data_dir, self._runs_dir = config, store, data_dir, runs_dir
         self._places, self._interruptions, self._show = places, interruptions, show
         self._starts: dict[Place, _Start] = {}
+        self._judged: dict[int, int] = {}  # by run, how many points of its curve Hyperband has seen
         self._dropped: dict[int, str] = {}  # runs that have been asked to leave for good, and why
         self._leaving: str | None = None
         self._error: str | None = None
@@ -185,7 +186,9 @@ class Coordinator:
         signs_of_life = contextlib.ExitStack()
         signs_of_life.enter_context(self._store.heartbeat(run))
         launch = Launch.start(folder, config, self._data_dir, place)
+        self._store.report(run, run.curve, {"starts": run.starts + 1})
         self._starts[place] = _Start(run, config, folder, launch, signs_of_life)
+        self._judged[run.number] = len(run.curve)
 
     def _run_config(self, run: SearchRun) -> PretrainConfig:
         """Up to the next rung at which all pause, or to the end."""
@@ -201,10 +204,17 @@ class Coordinator:
         if not self._store.report(run, curve, course):
             start.launch.ask_to_leave()  # this machine gave no sign of life for long: another has taken it over
         elif self._config.hyperband and run.number not in self._dropped:
-            reason = is_pruned(self._config, self._store.runs(), replace(run, curve=curve))
-            if reason:
-                self._dropped[run.number] = reason
+            self._ask_hyperband(start, curve)
+
+    def _ask_hyperband(self, start: _Start, curve: Sequence[tuple[float, float]]) -> None:
+        """Every new point is judged, and once: at the first one behind a rung, against all that is known then."""
+        judged = self._judged[start.run.number]
+        self._judged[start.run.number] = max(judged, len(curve))
+        for number in range(judged + 1, len(curve) + 1):
+            if reason := is_pruned(self._config, self._store.runs(), replace(start.run, curve=tuple(curve[:number]))):
+                self._dropped[start.run.number] = reason
                 start.launch.ask_to_leave()
+                return
 
     @property
     def _in_steps(self) -> bool:

@@ -141,7 +141,7 @@ class SearchStore:
                 return None
             run = min(waiting, key=lambda run: (run.stretch, run.elapsed_seconds, run.number))
             trial_id = self._trial_id(run)
-            self._shared.take(trial_id, place=place, started=started, starts=run.starts + 1)
+            self._shared.take(trial_id, place=place, started=started)
             return self._run(run.number)
 
     def _add_proposed(self, runs: Sequence[SearchRun]) -> SearchRun:
