@@ -54,20 +54,15 @@ class Pretrainer:
         interruptions: Interruptions,
         wandb: bool,
     ) -> None:
-        self._config = config
-        self._ds_config = ds_config
-        self._manifest = manifest
-        self._output_dir = output_dir
-        self._setting = setting
-        self._processes = processes
-        self._watch = watch
-        self._state = state
-        self._checkpoint = checkpoint
-        self._wandb = wandb
+        self._config, self._ds_config, self._manifest = config, ds_config, manifest
+        self._output_dir, self._setting = output_dir, setting
+        self._processes, self._watch = processes, watch
+        self._state, self._checkpoint, self._wandb = state, checkpoint, wandb
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
         self._validated: tuple[int, ValidationFigures] | None = None
+        self._validation_due = bool(state and state.validation_due)
         self._running_since: float | None = None
         self._checkpoints = Checkpoints(
             output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank, checkpoint
@@ -144,6 +139,8 @@ class Pretrainer:
         return stopped_by
 
     def _train_until_stopped(self) -> str:
+        if self._validation_due:
+            self._interrupt("validate", self._validate)  # a rule may be waiting for it
         while not self._stopped_early:
             self._watch.enter("training", self._step)
             decision = self._director.decide(self._step)
@@ -263,6 +260,7 @@ class Pretrainer:
         started = time.perf_counter()
         figures = self._validation.run(go_on)
         self._budget.charge("validation")
+        self._validation_due = figures is None
         if figures is None:
             return False
         if not np.isfinite(figures.loss):
@@ -325,6 +323,7 @@ class Pretrainer:
             best=self._early_stop.best,
             stopped_early=self._stopped_early,
             setting=self._setting,
+            validation_due=self._validation_due,
         )
 
     def _figures(self) -> dict[str, Any]:

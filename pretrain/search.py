@@ -36,7 +36,7 @@ from pretrain.study import SearchStore
 from pretrain.summary import GOES_ON
 
 _RUNS_FOLDER: Final = "runs"
-_MACHINES_FOLDER: Final = ".machines"
+_MACHINES_FOLDER: Final = ".machines"  # hidden: a folder with nothing else in it yet is not taken for another's
 _MAY_CHANGE: Final = ("num_runs", "keep_dropped_checkpoints")
 _SECONDS_BETWEEN_LINES: Final = 60.0
 _SECONDS_BETWEEN_UPDATES: Final = 3.0  # of the line on a terminal

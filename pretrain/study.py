@@ -74,19 +74,21 @@ class SearchStore:
             UserError: it holds another study, or runs of another budget (data, model, hardware, code ...).
         """
         for study in self._storage.get_all_studies():
-            recorded = study.user_attrs.get("fingerprint")
-            if study.study_name != STUDY_NAME or recorded is None:
+            if study.study_name != STUDY_NAME:
                 raise UserError(
                     f"the storage holds a study '{study.study_name}' of something else: give this search one of its own"
                 )
-            _refuse_another(recorded, fingerprint)
+            if recorded := study.user_attrs.get("fingerprint"):  # else a kill, or another machine, was quicker
+                _refuse_another(recorded, fingerprint)
 
     def open(self, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Create or reopen the study; ``facts`` are what reports tell about it."""
-        optuna.create_study(storage=self._storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
-        self._study = self._load()
-        self._study.set_user_attr("fingerprint", fingerprint)
-        self._study.set_user_attr("facts", {**self.facts(), **facts})
+        """Create or reopen the study, :meth:`check` once more included; ``facts`` are what reports tell about it."""
+        with self._shared.exclusive():
+            self.check(fingerprint)
+            optuna.create_study(storage=self._storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
+            self._study = self._load()
+            self._study.set_user_attr("fingerprint", fingerprint)
+            self._study.set_user_attr("facts", {**self.facts(), **facts})
 
     def reopen(self) -> bool:
         """Look at what is there and write nothing; False where there is no search."""
@@ -186,7 +188,8 @@ class SearchStore:
 
     def pause(self, run: SearchRun, rung: Rung, loss: float) -> bool:
         """A run has come to a rung: it waits there for :meth:`decide`."""
-        return self._wait(run, paused=True, rung_losses={**run.rung_losses, rung.at: loss})
+        # In this order: a kill may come after each of them, and what is paused is judged by its loss.
+        return self._wait(run, rung_losses={**run.rung_losses, rung.at: loss}, paused=True)
 
     def give_back(self, run: SearchRun, **counts: int) -> bool:
         """Let a run that was interrupted wait again; ``counts`` are its ``kills`` and ``errors`` in a row."""
