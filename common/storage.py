@@ -5,6 +5,7 @@ Optuna's SQLite storage cannot compare and set, so whoever looks for trials to a
 
 import contextlib
 import logging
+import os
 import re
 import threading
 import warnings
@@ -56,8 +57,12 @@ class SharedStorage:
             if self._dialect not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
                 raise ValueError("it must be sqlite:///FILE, or postgresql://... for several machines")
             self._lock_file = Path(f"{parsed.database}.lock")
+            if self._dialect == "sqlite" and not self._lock_file.parent.is_dir():
+                raise ValueError(f"there is no folder {self._lock_file.parent}")
             self._lock_engine = sqlalchemy.create_engine(url)
-            with self.exclusive():  # two that make the tables at once get in each other's way
+            # Two that make the tables at once get in each other's way; what can't be written can still be looked at.
+            may_write = os.access(self._lock_file.parent, os.W_OK)
+            with self.exclusive() if may_write else contextlib.nullcontext():
                 self.trials = optuna.storages.RDBStorage(
                     url,
                     engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS} if self._dialect == "sqlite" else {}},

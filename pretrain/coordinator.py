@@ -78,6 +78,7 @@ class Coordinator:
         self._config, self._store, self._data_dir, self._runs_dir = config, store, data_dir, runs_dir
         self._places, self._interruptions, self._show = places, interruptions, show
         self._starts: dict[Place, _Start] = {}
+        self._elsewhere: set[int] = set()
         self._judged: dict[int, int] = {}  # by run, how many points of its curve Hyperband has seen
         self._dropped: dict[int, str] = {}  # runs that have been asked to leave for good, and why
         self._leaving: str | None = None
@@ -169,9 +170,15 @@ class Coordinator:
         return RunFolder(self._runs_dir / run.name)
 
     def _may_run(self, run: SearchRun) -> bool:
-        """Whether this machine can go on with it: what has begun goes on in its folder, once nobody else is there."""
+        """Whether this machine can go on with it, in its folder, where nobody else must be at work any more."""
         folder = self._folder(run).run
-        return writer_of(folder) is None if folder.exists() else run.elapsed_seconds == 0
+        if folder.exists():
+            return writer_of(folder) is None
+        is_elsewhere = self._config.storage is not None and run.elapsed_seconds > 0
+        if is_elsewhere and run.number not in self._elsewhere:
+            self._elsewhere.add(run.number)
+            print(f"run {run.name} waits for a machine that has its folder: it is not in {self._runs_dir}", flush=True)
+        return not is_elsewhere
 
     def _start(self, run: SearchRun, place: Place) -> None:
         """Launch it, unless its folder shows that it has come to its end, or its pause, already."""

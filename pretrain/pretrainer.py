@@ -127,7 +127,7 @@ class Pretrainer:
             if stopped_by in (PAUSE, *INTERRUPTIONS):
                 self._leave(stopped_by)
             else:
-                self._close(stopped_by)
+                stopped_by = self._close(stopped_by)
         except Diverged as error:
             self._write_summary(DIVERGED, str(error))
             raise
@@ -269,8 +269,7 @@ class Pretrainer:
         seconds = round(time.perf_counter() - started, 3)
         self._write("validation", **figures.as_metrics(), progress=self._progress, seconds=seconds)
         self._metrics.say(f"step {self._step}, {self._budget.elapsed():.0f} s: {figures}")
-        if phase != "closing":
-            self._judge("validation_loss", figures.loss)
+        self._judge("validation_loss", figures.loss)
         return True
 
     def _is_validated(self) -> bool:
@@ -365,14 +364,15 @@ class Pretrainer:
             "the same command goes on"
         )
 
-    def _close(self, stopped_by: str) -> None:
-        """What follows the last step and is not counted: checkpoint, validation, export, summary."""
+    def _close(self, stopped_by: str) -> str:
+        """What follows the last step and is not counted: checkpoint, validation, export, summary; why it has ended."""
         self._budget.stop()
         started = time.perf_counter()
         self._watch.enter("closing", self._step)
         self._save()
         if not self._is_validated():
-            self._validate("closing")
+            self._validate("closing")  # which may judge what had no time for a validation of its own
+        stopped_by = "early_stop" if self._stopped_early else stopped_by
         _, figures = self._validated
         final = figures.as_summary()
         if self._processes.rank == 0:
@@ -388,6 +388,7 @@ class Pretrainer:
         )
         for mark in self._exports.missing().values():
             self._metrics.say(f"export_at {mark:g} has no folder: the run ended before there was time for it")
+        return stopped_by
 
     def _write_summary(self, stopped_by: str, because: str | None, **values: Any) -> None:
         self._write("stop", stopped_by=stopped_by)

@@ -87,6 +87,8 @@ class SearchStore:
             self.check(fingerprint)
             optuna.create_study(storage=self._storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
             self._study = self._load()
+            if (begun := len(self.runs())) > self._config.num_planned:
+                raise UserError(f"num_runs {self._config.num_planned} is less than the {begun} that there are")
             self._study.set_user_attr("fingerprint", fingerprint)
             self._study.set_user_attr("facts", {**self.facts(), **facts})
 
