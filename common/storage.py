@@ -5,6 +5,8 @@ Optuna's SQLite storage cannot compare and set, so whoever looks for trials to a
 
 import contextlib
 import logging
+import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,8 +57,12 @@ class SharedStorage:
             if self._dialect not in ("sqlite", "postgresql") or parsed.database in (None, "", ":memory:"):
                 raise ValueError("it must be sqlite:///FILE, or postgresql://... for several machines")
             self._lock_file = Path(f"{parsed.database}.lock")
+            if self._dialect == "sqlite" and not self._lock_file.parent.is_dir():
+                raise ValueError(f"there is no folder {self._lock_file.parent}")
             self._lock_engine = sqlalchemy.create_engine(url)
-            with self.exclusive():  # two that make the tables at once get in each other's way
+            # Two that make the tables at once get in each other's way; what can't be written can still be looked at.
+            may_write = os.access(self._lock_file.parent, os.W_OK)
+            with self.exclusive() if may_write else contextlib.nullcontext():
                 self.trials = optuna.storages.RDBStorage(
                     url,
                     engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS} if self._dialect == "sqlite" else {}},
@@ -65,9 +71,9 @@ class SharedStorage:
                     heartbeat_stale_trial_callback=give_back,
                 )
         except ImportError:
-            raise UserError(f"the storage {shown(url)} needs a driver: pip install 'psycopg[binary]'") from None
+            raise UserError(f"the storage {url} needs a driver: pip install 'psycopg[binary]'") from None
         except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
-            raise UserError(f"the storage {shown(url)} cannot be opened: {_reason(error)}") from error
+            raise UserError(f"the storage {url} cannot be opened: {_reason(error)}") from error
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -140,17 +146,22 @@ def errors_of_storage(url: str) -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise UserError(
-            f"the storage {shown(url)} does not take what has to be recorded ({_reason(error.__cause__ or error)}):"
+            f"the storage {url} does not take what has to be recorded ({_reason(error.__cause__ or error)}):"
             " mend that and run the same command again, which goes on from here"
         ) from None
 
 
-def shown(url: str) -> str:
-    """A storage's URL for people, without its password."""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
+def refuse_password(url: str | None) -> None:
+    """Refuse a URL that holds a password, which configurations, logs and error messages would repeat.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    if url and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", url):
+        raise ValueError(
+            "storage holds a password, which would be written into the output folder: leave it out of the URL and "
+            "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from common.storage import refuse_password
 from finetune.model import Initialization
 from finetune.tasks import TASKS, OwnTask, Task, own_task
 from finetune.trial import Cell, ScoreEpoch
@@ -69,11 +69,7 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         _check_axis("seeds", self.seeds, smallest=0, largest=2**31 - 1)
-        if self.storage and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", self.storage):
-            raise ValueError(
-                "storage holds a password, which would be written into the output folder: leave it out of the URL and "
-                "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
-            )
+        refuse_password(self.storage)
         self._check_grids()
         if self.mnli_init and MNLI not in self.task_names:
             raise ValueError("mnli_init starts tasks from the MNLI model, but mnli is in no grid: give mnli a grid too")

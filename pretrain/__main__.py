@@ -111,7 +111,6 @@ def _status(argv: list[str]) -> int:
 def _report(argv: list[str]) -> None:
     """Compare runs, or tell of a search, ended or still going: losses, time and cost, as Markdown, HTML and PNG."""
     from pretrain.report import write_report
-    from pretrain.search_record import report_search
     from pretrain.search_runs import is_search
 
     parser = command_parser("python -m pretrain report", _report.__doc__)
@@ -131,6 +130,8 @@ def _report(argv: list[str]) -> None:
     if searches and (len(folders) > 1 or arguments.output_dir):
         raise UserError(f"{searches[0]} is a search, whose report goes into its own folder: give it alone")
     if searches:
+        from pretrain.search_record import report_search  # which takes longer to import
+
         file = report_search(folders[0], [Path(run) for run in arguments.references], price)
     elif arguments.references or not arguments.output_dir:
         raise UserError("a report on runs needs --output_dir, and references are for a search")

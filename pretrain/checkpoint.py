@@ -65,6 +65,8 @@ class TrainState:
     stopped_early: str | None
     """The rule that has ended the run, where one has: only the closing is left."""
     setting: Setting
+    validation_due: bool = False
+    """Whether a validation was due here and was given up: the next start makes it."""
 
     @property
     def elapsed_seconds(self) -> float:

@@ -78,6 +78,8 @@ class Coordinator:
         self._config, self._store, self._data_dir, self._runs_dir = config, store, data_dir, runs_dir
         self._places, self._interruptions, self._show = places, interruptions, show
         self._starts: dict[Place, _Start] = {}
+        self._elsewhere: set[int] = set()
+        self._judged: dict[int, int] = {}  # by run, how many points of its curve Hyperband has seen
         self._dropped: dict[int, str] = {}  # runs that have been asked to leave for good, and why
         self._leaving: str | None = None
         self._error: str | None = None
@@ -168,20 +170,15 @@ class Coordinator:
         return RunFolder(self._runs_dir / run.name)
 
     def _may_run(self, run: SearchRun) -> bool:
-        """Whether this machine can go on with it: what has begun goes on in its folder, once nobody else is there.
-
-        Raises:
-            UserError: the folder is gone, and no other machine can have it.
-        """
+        """Whether this machine can go on with it, in its folder, where nobody else must be at work any more."""
         folder = self._folder(run).run
         if folder.exists():
             return writer_of(folder) is None
-        if run.elapsed_seconds and self._config.storage is None:
-            raise UserError(
-                f"{folder} is gone, where run {run.name} has come to step {run.steps}: put it back, or begin the search"
-                " anew with another --output_dir"
-            )
-        return run.elapsed_seconds == 0
+        is_elsewhere = self._config.storage is not None and run.elapsed_seconds > 0
+        if is_elsewhere and run.number not in self._elsewhere:
+            self._elsewhere.add(run.number)
+            print(f"run {run.name} waits for a machine that has its folder: it is not in {self._runs_dir}", flush=True)
+        return not is_elsewhere
 
     def _start(self, run: SearchRun, place: Place) -> None:
         """Launch it, unless its folder shows that it has come to its end, or its pause, already."""
@@ -196,7 +193,9 @@ class Coordinator:
         signs_of_life = contextlib.ExitStack()
         signs_of_life.enter_context(self._store.heartbeat(run))
         launch = Launch.start(folder, config, self._data_dir, place)
+        self._store.report(run, run.curve, {"starts": run.starts + 1})
         self._starts[place] = _Start(run, config, folder, launch, signs_of_life)
+        self._judged[run.number] = len(run.curve)
 
     def _run_config(self, run: SearchRun) -> PretrainConfig:
         """Up to the next rung at which all pause, or to the end."""
@@ -209,22 +208,20 @@ class Coordinator:
     def _report(self, start: _Start) -> None:
         """Tell the storage how far a run has come; it leaves if it is not ours any more, or if Hyperband drops it."""
         run, (curve, course) = start.run, course_of(start.folder, self._in_steps)
-        reason = self._pruned_because(run, curve)
         if not self._store.report(run, curve, course):
             start.launch.ask_to_leave()  # this machine gave no sign of life for long: another has taken it over
-        elif reason:
-            self._dropped[run.number] = reason
-            start.launch.ask_to_leave()
+        elif self._config.hyperband and run.number not in self._dropped:
+            self._ask_hyperband(start, curve)
 
-    def _pruned_because(self, run: SearchRun, curve: Sequence[tuple[float, float]]) -> str | None:
-        """Why Hyperband drops it at a point that is new: it judges every point once, and there may be several."""
-        if not self._config.hyperband or run.number in self._dropped:
-            return None
-        runs = self._store.runs()
-        num_known = len(runs[run.number].curve)
-        courses = (replace(run, curve=tuple(curve[:end])) for end in range(num_known + 1, len(curve) + 1))
-        reasons = (is_pruned(self._config, runs, course) for course in courses)
-        return next(filter(None, reasons), None)
+    def _ask_hyperband(self, start: _Start, curve: Sequence[tuple[float, float]]) -> None:
+        """Every new point is judged, and once: at the first one behind a rung, against all that is known then."""
+        judged = self._judged[start.run.number]
+        self._judged[start.run.number] = max(judged, len(curve))
+        for number in range(judged + 1, len(curve) + 1):
+            if reason := is_pruned(self._config, self._store.runs(), replace(start.run, curve=tuple(curve[:number]))):
+                self._dropped[start.run.number] = reason
+                start.launch.ask_to_leave()
+                return
 
     @property
     def _in_steps(self) -> bool:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.folders import leaves, plain, sha256_of_file
+from common.hub import model_folder, weight_files
 from data_prep.shards import Manifest
+from pretrain.ds_config import load_ds_config
 from pretrain.search_config import SearchConfig
 
 ROOT: Final = Path(__file__).parent.parent
@@ -34,6 +36,8 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
         "data": manifest.sha256[:_SHOWN],
         "hardware": hardware,
         **{name: value for name, value in settings.items() if name not in _NO_MATTER},
+        **{f"content of ds_config {name}": load_ds_config(name) for name in _tried(config, "ds_config")},
+        **{f"weights of {name}": _weights_checksum(name) for name in _tried(config, "init_from") if name},
         **{f"space of {name}": values for name, values in plain(config)["space"].items()},
         "rungs": rungs,
         "hyperband": config.hyperband and plain(config.hyperband),
@@ -41,6 +45,16 @@ def search_fingerprint(config: SearchConfig, manifest: Manifest, hardware: str) 
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         **{f"code of {name}": checksum for name, checksum in code_checksums().items()},
     }
+
+
+def _tried(config: SearchConfig, option: str) -> list[Any]:
+    """The values of an option that runs may have."""
+    return [getattr(config.pretrain, option), *config.space.get(option, [])]
+
+
+def _weights_checksum(name: str) -> str:
+    files = weight_files(model_folder(name, "init_from"))
+    return " ".join(sha256_of_file(file)[:_SHOWN] for file in files)
 
 
 def code_checksums() -> dict[str, str]:

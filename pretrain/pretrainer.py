@@ -54,20 +54,15 @@ class Pretrainer:
         interruptions: Interruptions,
         wandb: bool,
     ) -> None:
-        self._config = config
-        self._ds_config = ds_config
-        self._manifest = manifest
-        self._output_dir = output_dir
-        self._setting = setting
-        self._processes = processes
-        self._watch = watch
-        self._state = state
-        self._checkpoint = checkpoint
-        self._wandb = wandb
+        self._config, self._ds_config, self._manifest = config, ds_config, manifest
+        self._output_dir, self._setting = output_dir, setting
+        self._processes, self._watch = processes, watch
+        self._state, self._checkpoint, self._wandb = state, checkpoint, wandb
         self._step = state.step if state else 0
         self._sequences_seen = state.sequences_seen if state else 0
         self._skipped_steps = state.skipped_steps if state else 0
         self._validated: tuple[int, ValidationFigures] | None = None
+        self._validation_due = bool(state and state.validation_due)
         self._running_since: float | None = None
         self._checkpoints = Checkpoints(
             output_dir, manifest.tokenizer_folder, config.checkpoints_kept, processes.rank, checkpoint
@@ -132,7 +127,7 @@ class Pretrainer:
             if stopped_by in (PAUSE, *INTERRUPTIONS):
                 self._leave(stopped_by)
             else:
-                self._close(stopped_by)
+                stopped_by = self._close(stopped_by)
         except Diverged as error:
             self._write_summary(DIVERGED, str(error))
             raise
@@ -144,6 +139,8 @@ class Pretrainer:
         return stopped_by
 
     def _train_until_stopped(self) -> str:
+        if self._validation_due:
+            self._interrupt("validate", self._validate)  # a rule may be waiting for it
         while not self._stopped_early:
             self._watch.enter("training", self._step)
             decision = self._director.decide(self._step)
@@ -263,6 +260,7 @@ class Pretrainer:
         started = time.perf_counter()
         figures = self._validation.run(go_on)
         self._budget.charge("validation")
+        self._validation_due = figures is None
         if figures is None:
             return False
         if not np.isfinite(figures.loss):
@@ -271,8 +269,7 @@ class Pretrainer:
         seconds = round(time.perf_counter() - started, 3)
         self._write("validation", **figures.as_metrics(), progress=self._progress, seconds=seconds)
         self._metrics.say(f"step {self._step}, {self._budget.elapsed():.0f} s: {figures}")
-        if phase != "closing":
-            self._judge("validation_loss", figures.loss)
+        self._judge("validation_loss", figures.loss)
         return True
 
     def _is_validated(self) -> bool:
@@ -325,6 +322,7 @@ class Pretrainer:
             best=self._early_stop.best,
             stopped_early=self._stopped_early,
             setting=self._setting,
+            validation_due=self._validation_due,
         )
 
     def _figures(self) -> dict[str, Any]:
@@ -366,14 +364,15 @@ class Pretrainer:
             "the same command goes on"
         )
 
-    def _close(self, stopped_by: str) -> None:
-        """What follows the last step and is not counted: checkpoint, validation, export, summary."""
+    def _close(self, stopped_by: str) -> str:
+        """What follows the last step and is not counted: checkpoint, validation, export, summary; why it has ended."""
         self._budget.stop()
         started = time.perf_counter()
         self._watch.enter("closing", self._step)
         self._save()
         if not self._is_validated():
-            self._validate("closing")
+            self._validate("closing")  # which may judge what had no time for a validation of its own
+        stopped_by = "early_stop" if self._stopped_early else stopped_by
         _, figures = self._validated
         final = figures.as_summary()
         if self._processes.rank == 0:
@@ -389,6 +388,7 @@ class Pretrainer:
         )
         for mark in self._exports.missing().values():
             self._metrics.say(f"export_at {mark:g} has no folder: the run ended before there was time for it")
+        return stopped_by
 
     def _write_summary(self, stopped_by: str, because: str | None, **values: Any) -> None:
         self._write("stop", stopped_by=stopped_by)

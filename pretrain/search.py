@@ -36,7 +36,7 @@ from pretrain.study import SearchStore
 from pretrain.summary import GOES_ON
 
 _RUNS_FOLDER: Final = "runs"
-_MACHINES_FOLDER: Final = "machines"
+_MACHINES_FOLDER: Final = ".machines"  # hidden: a folder with nothing else in it yet is not taken for another's
 _MAY_CHANGE: Final = ("num_runs", "keep_dropped_checkpoints")
 _SECONDS_BETWEEN_LINES: Final = 60.0
 _SECONDS_BETWEEN_UPDATES: Final = 3.0  # of the line on a terminal
@@ -59,14 +59,14 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
     manifest = read_manifest(data_dir)
     for split in ("train", "validation"):
         SplitReader(manifest, split).close()
-    places = find_places(config.gpus_per_run, config.num_planned)
+    places = _places(config)
     given, config = config, _on(config, places[0])
     num_parameters = _check_runs(config, manifest, places[0])
     check_folder(output_dir, given, _MAY_CHANGE)
     url, fingerprint = storage_url(config, output_dir), search_fingerprint(config, manifest, hardware_of(places[0]))
     facts = _facts(manifest, places, num_parameters)
     with errors_of_storage(url):
-        if config.storage or is_there(url):  # one that can't be opened is refused before the folder names it
+        if config.storage or is_there(url):
             SearchStore(url, config).check(fingerprint)
         with _only_coordinator(output_dir, url):
             claim_folder(output_dir, given, _MAY_CHANGE)
@@ -82,6 +82,12 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
         return GOES_ON
     print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
     return 0
+
+
+def _places(config: SearchConfig) -> list[Place]:
+    """Of this machine; the number of runs of a sampler may be raised later, and must not change what a run has."""
+    needed = config.num_planned if config.sampler == "grid" else sys.maxsize
+    return find_places(config.gpus_per_run, needed)
 
 
 def _on(config: SearchConfig, place: Place) -> SearchConfig:
@@ -128,9 +134,10 @@ class _Teller:
 def _only_coordinator(output_dir: Path, url: str) -> Iterator[None]:
     """Be the only one in the folder; the only one of this machine where several machines share it."""
     folder = output_dir if sqlite_file(url) else output_dir / _MACHINES_FOLDER / socket.gethostname()
-    with errors_of_writing(output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
+    with contextlib.ExitStack() as stack:
+        with errors_of_writing(output_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(folder))
         yield
 
 

@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal
 
 from common.errors import UserError
+from common.storage import refuse_password
 from pretrain.batch_plan import check_divisible
 from pretrain.budget import share_of_run
 from pretrain.config import PretrainConfig
@@ -88,11 +88,7 @@ class SearchConfig:
             raise ValueError(f"gpus_per_run must be at least 1, not {self.gpus_per_run}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
-        if self.storage and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", self.storage):
-            raise ValueError(
-                "storage holds a password, which would be written into the output folder: leave it out of the URL and "
-                "give it to the database's driver (~/.pgpass or PGPASSWORD, for PostgreSQL)"
-            )
+        refuse_password(self.storage)
         self._check_space()
         self._check_sampler()
         self._check_rungs()

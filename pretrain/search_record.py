@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from common.cli import config_parser, parse, take_config
 from common.errors import UserError
-from common.folders import CONFIG_FILE
+from common.folders import CONFIG_FILE, writer_of
 from common.page import HTML_FILE
 from common.storage import sqlite_file
 from pretrain.runs import read_runs
@@ -53,9 +54,13 @@ def describe_search(folder: Path, price_per_gpu_hour: float | None = None) -> tu
     """How a search stands: a line, tables (header and rows), and the exit code: 0 where it is over, else 75."""
     config, store = _read_search(folder)
     runs = store.runs()
-    progress = look(config, store.facts(), runs, time.time(), price_per_gpu_hour)
     is_over = len(runs) >= config.num_planned and not any(run.state in UNFINISHED for run in runs)
-    return progress.line(), progress.tables(), 0 if is_over else GOES_ON
+    stands_still = config.storage is None and not is_over and writer_of(folder) is None
+    if stands_still:  # what was running when the command was killed
+        runs = [replace(run, state="waiting", place=None) if run.state == "running" else run for run in runs]
+    progress = look(config, store.facts(), runs, time.time(), price_per_gpu_hour)
+    line = progress.line() + ("\nno command is at work on it: the same command goes on" if stands_still else "")
+    return line, progress.tables(), 0 if is_over else GOES_ON
 
 
 def report_search(folder: Path, references: Sequence[Path] = (), price_per_gpu_hour: float | None = None) -> Path:

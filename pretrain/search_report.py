@@ -25,6 +25,7 @@ from pretrain.search_results import (
 from pretrain.search_runs import SearchRun
 
 _NUM_BEST: Final = 10
+_SECOND: Final = 1 / 3600  # less than that is not a kill's: a run that leaves in order still writes down that it does
 _PUBLISHED_SPACE: Final = {"train_batch_size", "optimizer.learning_rate", "warmup_proportion", "schedule_length"}
 _STATES: Final = ("finished", "dropped", "diverged", "failed", "running", "paused", "waiting")
 
@@ -120,9 +121,7 @@ def _add_outcome(document: Document, results: Results) -> None:
     )
     if _is_under_way(results):
         document.paragraph("The search is under way: this is what it has brought so far.")
-    document.paragraph(
-        f"{BEST_FILE} holds that configuration: run_pretraining.py --config {BEST_FILE} repeats the run."
-    )
+    document.paragraph(f"{BEST_FILE} holds that configuration: run_pretraining.py --config {BEST_FILE} trains it anew.")
 
 
 def _is_under_way(results: Results) -> bool:
@@ -215,10 +214,12 @@ def _add_hours(document: Document, results: Results, price: float | None) -> Non
     saved = (
         f" Every run to its end would have been about {amount(full)}." if full and not _is_under_way(results) else ""
     )
+    lost = (
+        f" {amount(hours['lost'])} of them are of work that kills have destroyed." if hours["lost"] >= _SECOND else ""
+    )
     document.paragraph(
         "GPU-hours: number of devices x (elapsed + closing + lost) time; without a GPU, a device is a process."
-        f" {amount(hours['lost'])} of them are of work that kills have destroyed.{saved} Not counted: the start of the"
-        " processes before a run's clock, and time between starts."
+        f"{lost}{saved} Not counted: the start of the processes before a run's clock, and time between starts."
         + (f" Cost: GPU-hours x {price:g} per GPU-hour, in that price's currency." if price is not None else "")
     )
 
@@ -270,7 +271,7 @@ def _add_runs(document: Document, results: Results) -> None:
             run["run"],
             *(value_text(run["parameters"][name]) for name in names),
             run["state"],
-            run["because"] or UNKNOWN,
+            run["because"] or "",
             *(f"{run['rung_losses'][at]:.4f}" if at in run["rung_losses"] else UNKNOWN for at in pauses),
             _last_loss(run),
             f"{100 * run['share_spent']:.0f} %",

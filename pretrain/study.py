@@ -78,15 +78,19 @@ class SearchStore:
                 raise UserError(
                     f"the storage holds a study '{study.study_name}' of something else: give this search one of its own"
                 )
-            if "fingerprint" in study.user_attrs:  # a kill may have come before it was written
-                _refuse_another(study.user_attrs["fingerprint"], fingerprint)
+            if recorded := study.user_attrs.get("fingerprint"):  # else a kill, or another machine, was quicker
+                _refuse_another(recorded, fingerprint)
 
     def open(self, fingerprint: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Create or reopen the study; ``facts`` are what reports tell about it."""
-        optuna.create_study(storage=self._storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
-        self._study = self._load()
-        self._study.set_user_attr("fingerprint", fingerprint)
-        self._study.set_user_attr("facts", {**self.facts(), **facts})
+        """Create or reopen the study, :meth:`check` once more included; ``facts`` are what reports tell about it."""
+        with self._shared.exclusive():
+            self.check(fingerprint)
+            optuna.create_study(storage=self._storage, study_name=STUDY_NAME, direction="minimize", load_if_exists=True)
+            self._study = self._load()
+            if (begun := len(self.runs())) > self._config.num_planned:
+                raise UserError(f"num_runs {self._config.num_planned} is less than the {begun} that there are")
+            self._study.set_user_attr("fingerprint", fingerprint)
+            self._study.set_user_attr("facts", {**self.facts(), **facts})
 
     def reopen(self) -> bool:
         """Look at what is there and write nothing; False where there is no search."""
@@ -141,7 +145,7 @@ class SearchStore:
                 return None
             run = min(waiting, key=lambda run: (run.stretch, run.elapsed_seconds, run.number))
             trial_id = self._trial_id(run)
-            self._shared.take(trial_id, place=place, started=started, starts=run.starts + 1)
+            self._shared.take(trial_id, place=place, started=started)
             return self._run(run.number)
 
     def _add_proposed(self, runs: Sequence[SearchRun]) -> SearchRun:
@@ -186,7 +190,7 @@ class SearchStore:
 
     def pause(self, run: SearchRun, rung: Rung, loss: float) -> bool:
         """A run has come to a rung: it waits there for :meth:`decide`."""
-        # The loss first: after a kill between the two nobody could judge a paused run without it.
+        # In this order: a kill may come after each of them, and what is paused is judged by its loss.
         return self._wait(run, rung_losses={**run.rung_losses, rung.at: loss}, paused=True)
 
     def give_back(self, run: SearchRun, **counts: int) -> bool:
@@ -206,7 +210,7 @@ class SearchStore:
         dropped (Izsak et al. 2021, 4.2)."""
         with self._shared.exclusive():
             runs = self.runs()
-            to_come = max(0, self._config.num_planned - len(runs))  # num_runs may have been lowered
+            to_come = self._config.num_planned - len(runs)
             for stretch, rung in enumerate(self._config.pauses):
                 losses = [(run.rung_losses[rung.at], run.number) for run in runs if rung.at in run.rung_losses]
                 num_open = to_come + sum(

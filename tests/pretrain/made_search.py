@@ -64,6 +64,12 @@ def reference(**fields: Any) -> Run:
         "time_budget_seconds": 100.0,
         "train_batch_size": 256,
         "learning_rate": 1e-4,
+        "options": {
+            "train_batch_size": 256,
+            "optimizer.learning_rate": 1e-4,
+            "warmup_proportion": 0.111,
+            "schedule_length": "300s",
+        },
         "manifest_sha256": "a" * 64,
         "steps": 400,
         "sequences": 102_400,

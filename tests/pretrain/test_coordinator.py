@@ -300,31 +300,22 @@ def test_a_run_that_another_machine_has_taken_over_is_let_go(begin: Begin, monke
 # --- between two starts ---
 
 
-def test_fewer_runs_than_there_are_leave_the_rungs_fair(tmp_path, monkeypatch) -> None:
-    """Of four runs that reach the rung two go on, whatever ``num_runs`` has become meanwhile."""
+def test_fewer_runs_than_there_are_would_make_the_rungs_unfair_and_are_refused(tmp_path, monkeypatch) -> None:
     config = replace(CONFIG, sampler="random", num_runs=4, space={"seed": [1, 2, 3, 4]})
     made = MadeSearch(config, tmp_path, Machine(), num_places=4)
     made.machine.at[5.5] = lambda: setattr(made.asked, "reason", "SIGTERM")
     assert made.run(monkeypatch) == "SIGTERM"
-    fewer = MadeSearch(replace(config, num_runs=1), tmp_path, made.machine, num_places=4)
-    assert fewer.run(monkeypatch) is None
-    assert {run.parameters["seed"]: run.state for run in fewer.store.runs()} == {
-        1: "finished",
-        2: "finished",
-        3: "dropped",
-        4: "dropped",
-    }
+    with pytest.raises(UserError, match="num_runs 1 is less than the 4 that there are"):
+        MadeSearch(replace(config, num_runs=1), tmp_path, made.machine)
 
 
-def test_a_run_whose_folder_is_gone_is_named_instead_of_waited_for(begin: Begin, monkeypatch) -> None:
+def test_a_run_whose_folder_is_gone_begins_anew(begin: Begin, monkeypatch) -> None:
     made = begin()
     made.machine.at[5.5] = lambda: setattr(made.asked, "reason", "SIGTERM")
     made.run(monkeypatch)
     made.asked.reason = None
     (made.runs_dir / "000").rename(made.folder / "elsewhere")
     made.machine.at[1000.0] = lambda: pytest.fail("it waits for ever")
-    with pytest.raises(UserError, match=r"runs/000/run is gone.*: put it back"):
-        made.run(monkeypatch)
-    (made.folder / "elsewhere").rename(made.runs_dir / "000")
     assert made.run(monkeypatch) is None
     assert made.states() == AS_THE_RULES_SAY
+    assert [(launch.first_step, launch.step) for launch in made.machine.of(0)] == [(0, 5), (0, 8)]

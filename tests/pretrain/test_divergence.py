@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,7 @@ from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.processes import Processes, start_processes, stop_processes
 from pretrain.run_record import read_metrics
 from pretrain.train import pretrain
+from pretrain.validation import Validation
 
 TINY = ModelConfig(preset="bert-tiny", hidden_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
@@ -233,3 +235,24 @@ def test_real_passes_time_every_size_and_leave_no_gradient(data_dir) -> None:
     assert list(speeds) == [8, 16, 32][: len(speeds)]
     assert all(speed > 0 for speed in speeds.values())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_validation_that_an_interruption_cut_short_is_made_up_for_before_training_goes_on(
+    data_dir, tmp_path, monkeypatch
+) -> None:
+    rule = StopRule("25%", "validation_loss", 1.0)
+    judged = config(validation_interval="25%", checkpoint_interval="100%", early_stop=[rule])
+    validate = Validation.run
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "run", interrupted)
+        for _ in range(2):  # the second time in making up for the first
+            assert pretrain(judged, data_dir, tmp_path / "run") == "SIGUSR1"
+    assert pretrain(judged, data_dir, tmp_path / "run") == "early_stop"
+    events = read_metrics(tmp_path / "run")
+    assert [event["step"] for event in events if event["event"] == "validation"] == [10]
+    assert max(event["step"] for event in events) == 10, "the rule has judged where it stands"

@@ -74,7 +74,7 @@ def command(tmp_path, data_dir, machine) -> Command:
         ({"gpus_per_run": 0}, ["gpus_per_run must be at least 1"]),
         ({"storage": "mysql://host/studies"}, ["mysql://host/studies", "postgresql"]),
         ({"storage": "studies"}, ["the storage studies cannot be opened", "URL"]),
-        ({"storage": "sqlite:////nowhere/studies.db"}, ["/nowhere/studies.db", "No such file or directory"]),
+        ({"storage": "sqlite:////nowhere/studies.db"}, ["/nowhere/studies.db", "there is no folder /nowhere"]),
         ({"unknown": 1}, ["unknown"]),
     ],
     ids=str,

@@ -1,11 +1,14 @@
 """The runs of a search in its storage: who runs next, who goes on at a rung, what a kill leaves, what is refused."""
 
+import itertools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -16,7 +19,7 @@ from common.storage import errors_of_storage
 from pretrain.config import PretrainConfig
 from pretrain.rungs import Rung
 from pretrain.search_config import SearchConfig
-from pretrain.search_runs import SearchRun
+from pretrain.search_runs import UNFINISHED, SearchRun
 from pretrain.study import STUDY_NAME, SearchStore
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,11 +63,11 @@ def reach_rung(store: SearchStore, loss: float) -> SearchRun:
 def test_a_run_is_one_trial_from_its_first_start_to_its_end_with_its_curve(tmp_path) -> None:
     store = new_store(tmp_path)
     run = claim(store)
-    assert (run.number, run.state, run.place, run.starts) == (0, "running", "here", 1)
-    assert store.report(run, [(1800.4, 7.5), (3600.2, 7.0)], {"elapsed_seconds": 3600.2, "steps": 12})
+    assert (run.number, run.state, run.place) == (0, "running", "here")
+    assert store.report(run, [(1800.4, 7.5), (3600.2, 7.0)], {"elapsed_seconds": 3600.2, "steps": 12, "starts": 1})
     assert store.give_back(run, kills=1)
     again = store.claim("here", time.time(), lambda run: run.number == 0)
-    assert (again.number, again.starts, again.kills, again.steps) == (0, 2, 1, 12)
+    assert (again.number, again.starts, again.kills, again.steps) == (0, 1, 1, 12)
     assert again.curve == ((1800.4, 7.5), (3600.2, 7.0))
     assert store.end(again, "finished", None, 1.75)
     (study,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'trials.db'}")
@@ -215,3 +218,64 @@ def test_optuna_reads_the_study_with_its_own_tools(tmp_path) -> None:
     study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{tmp_path / 'trials.db'}")
     assert study.best_value == 1.5
     assert study.best_params == {"optimizer.learning_rate": 2e-4}
+
+
+# What a kill leaves
+
+
+class KilledError(BaseException):
+    """In place of SIGKILL."""
+
+
+def kill_at(store: SearchStore, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a coordinator die before so manieth of its writes to the storage."""
+    writes = iter(range(number))
+
+    def wrapped(write: Callable[..., Any]) -> Callable[..., Any]:
+        def one(*arguments: Any, **options: Any) -> Any:
+            if next(writes, None) is None:
+                raise KilledError
+            return write(*arguments, **options)
+
+        return one
+
+    for name in ("create_new_study", "set_study_user_attr", "create_new_trial", "set_trial_user_attr"):
+        monkeypatch.setattr(store._storage, name, wrapped(getattr(store._storage, name)))
+    for name in ("set_trial_state_values", "set_trial_intermediate_value", "record_heartbeat"):
+        monkeypatch.setattr(store._storage, name, wrapped(getattr(store._storage, name)))
+
+
+def search_to_its_end(store: SearchStore) -> list[tuple]:
+    """A search of runs whose losses follow from their number: by run, what the storage has of it in the end."""
+    store.check(FINGERPRINT)
+    store.open(FINGERPRINT, {"hardware": "a machine"})
+    store.add_missing(nobody_runs=True)
+    while any(run.state in UNFINISHED for run in store.runs()):
+        store.decide()
+        run = claim(store)
+        if run and run.stretch == 0:
+            store.report(run, [(43200.0, 3.0 + run.number)], {"elapsed_seconds": 43_200.0})
+            store.pause(run, CONFIG.pauses[0], 3.0 + run.number)
+        elif run:
+            store.report(run, [(43200.0, 3.0 + run.number), (86400.0, 2.0)], {"elapsed_seconds": 86_400.0})
+            store.end(run, "finished", None, 2.0 + run.number)
+    return [(run.number, run.state, run.stretch, run.curve, run.rung_losses, run.final_loss) for run in store.runs()]
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_write_to_the_storage_changes_nothing(tmp_path, monkeypatch) -> None:
+    config = replace(CONFIG, space={"seed": [0, 1]})
+    expected = search_to_its_end(SearchStore(f"sqlite:///{tmp_path / 'undisturbed.db'}", config))
+    assert [state for _, state, *_ in expected] == ["finished", "dropped"]
+    for number in itertools.count():
+        url = f"sqlite:///{tmp_path / f'{number}.db'}"
+        store = SearchStore(url, config)
+        with monkeypatch.context() as patch:
+            kill_at(store, number, patch)
+            try:
+                search_to_its_end(store)
+            except KilledError:
+                assert search_to_its_end(SearchStore(url, config)) == expected, f"after {number} writes"
+                continue
+        break
+    assert number > 30
