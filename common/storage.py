@@ -75,6 +75,11 @@ class SharedStorage:
         except Exception as error:  # whatever SQLAlchemy, the driver or Optuna's schema check raise
             raise UserError(f"the storage {url} cannot be opened: {_reason(error)}") from error
 
+    @property
+    def serves_machines(self) -> bool:
+        """Whether it may have users on other machines; SQLite is for one."""
+        return self._dialect != "sqlite"
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Be the only process, on any machine, that looks for trials to add or to take."""

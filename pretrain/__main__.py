@@ -88,13 +88,17 @@ def _search(argv: list[str]) -> int:
 
 def _status(argv: list[str]) -> int:
     """Tell how a run or a search stands; exit code 0: complete, 75: the same command goes on, 2: neither."""
+    from jsonargparse.typing import NonNegativeFloat
+
     from common.page import markdown_table
     from pretrain.search_runs import is_search
     from pretrain.summary import describe
 
     parser = command_parser("python -m pretrain status", _status.__doc__)
     parser.add_argument("folder", type=str, help="of a run, or of a search")
-    parser.add_argument("--price_per_gpu_hour", type=float | None, default=None, help="of a search, in any currency")
+    parser.add_argument(
+        "--price_per_gpu_hour", type=NonNegativeFloat | None, default=None, help="of a search, in any currency"
+    )
     arguments = parse(parser, argv)
     folder = Path(arguments.folder)
     if not is_search(folder):

@@ -82,7 +82,7 @@ class Budget:
         self.max_steps = max_steps
         self.pauses = pause_at is not None
         """Whether this part of the run ends with a pause."""
-        self._end = (pause_at if self.pauses else 1.0) * self.total
+        self._end = round((pause_at if self.pauses else 1.0) * self.total, 6)  # 7 % of 100 is 7, not a hair more
         self._schedule_scale = schedule_scale
         self._spent = dict.fromkeys(ACTIVITIES, 0.0) | (spent_before or {})
         self._spent_on_earlier_starts = self._spent["starting"]

@@ -29,7 +29,7 @@ from pretrain.study import SearchStore
 from pretrain.summary import DIVERGED, read_summary
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"
-MAX_FAILURES: Final = 3  # of runs in a row, none getting any further between them: then it is no fault of theirs
+MAX_FAILURES: Final = 3  # of runs, while none comes to its end or to a rung: then it is no fault of theirs
 _MOST: Final = {  # in a row, without coming any further: a person kills at random, a system short of memory for ever
     "kills": 10,
     "errors": 2,
@@ -150,7 +150,7 @@ class Coordinator:
                     f"{writers[0]} is still at work in {self._runs_dir}: end it, and run the same command again"
                 )
             if not told:
-                print(f"{len(writers)} of the runs before are still leaving: waiting for them", flush=True)
+                print("runs of a command that was killed are still leaving: waiting for them", flush=True)
                 told = True
             if self._interruptions.pending():
                 return
@@ -174,7 +174,7 @@ class Coordinator:
         folder = self._folder(run).run
         if folder.exists():
             return writer_of(folder) is None
-        is_elsewhere = self._config.storage is not None and run.elapsed_seconds > 0
+        is_elsewhere = self._store.serves_machines and run.elapsed_seconds > 0
         if is_elsewhere and run.number not in self._elsewhere:
             self._elsewhere.add(run.number)
             print(f"run {run.name} waits for a machine that has its folder: it is not in {self._runs_dir}", flush=True)
@@ -247,6 +247,8 @@ class Coordinator:
         curve, course = course_of(start.folder, self._in_steps, saved=True)
         if not self._store.report(run, curve, {**course, "launch_seconds": seconds}):
             return
+        if self._config.hyperband and not outcome and run.number not in self._dropped:
+            self._ask_hyperband(start, curve)
         if outcome:
             self._failures = 0
             self._record(run, start.folder, outcome)

@@ -24,6 +24,7 @@ class StopRule:
             raise ValueError(f"early_stop: bound {self.bound} must be above 0")
 
 
+_HAIR = 1e-9  # of the run: floating point, as in Cadence
 TWENTY_FOUR_HOUR_BERT = (StopRule("3h", "validation_loss", 6.0),)
 """Izsak et al. 2021, 4.2: what has not reached a validation loss of 6.0 after 3 hours is dropped."""
 
@@ -56,7 +57,7 @@ class EarlyStop:
         A rule is judged once: by the first figure at or behind its mark.
         """
         best = self._best[metric] = min(value, self._best.get(metric, value))
-        due = [(rule, mark) for rule, mark in self._rules if rule.metric == metric and progress >= mark]
+        due = [(rule, mark) for rule, mark in self._rules if rule.metric == metric and progress >= mark - _HAIR]
         self._rules = [entry for entry in self._rules if entry not in due]
         for rule, _ in due:
             if best > rule.bound:

@@ -226,7 +226,7 @@ class Pretrainer:
             skipped_steps=self._skipped_steps,
             **figures.as_metrics(),
         )
-        self._judge("train_loss", figures.loss)
+        self._judge("train_loss", figures.loss, self._progress)
         self._metrics.show(
             self._budget.spent(self._step),
             loss=f"{figures.loss:.3f}",
@@ -269,16 +269,16 @@ class Pretrainer:
         seconds = round(time.perf_counter() - started, 3)
         self._write("validation", **figures.as_metrics(), progress=self._progress, seconds=seconds)
         self._metrics.say(f"step {self._step}, {self._budget.elapsed():.0f} s: {figures}")
-        self._judge("validation_loss", figures.loss)
+        self._judge("validation_loss", figures.loss, 1.0 if phase == "closing" else self._progress)
         return True
 
     def _is_validated(self) -> bool:
         """Whether these very weights have been."""
         return self._validated is not None and self._validated[0] == self._step
 
-    def _judge(self, metric: str, loss: float) -> None:
+    def _judge(self, metric: str, loss: float, progress: float) -> None:
         """Early stop: loss and progress are the same on all ranks, and so is what follows."""
-        self._stopped_early = self._stopped_early or self._early_stop.check(metric, loss, self._progress)
+        self._stopped_early = self._stopped_early or self._early_stop.check(metric, loss, progress)
 
     def _save(self) -> bool:
         """False where this step is saved already."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from common.errors import UserError
-from common.folders import check_folder, claim_folder, errors_of_writing, only_writer, provenance
+from common.folders import check_folder, claim_folder, errors_of_writing, file_lock, only_writer, provenance
 from common.page import HTML_FILE
 from common.storage import errors_of_storage, sqlite_file
 from data_prep.shards import Manifest, SplitReader, read_manifest
@@ -68,20 +68,24 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
     with errors_of_storage(url):
         if config.storage or is_there(url):
             SearchStore(url, config).check(fingerprint)
-        with _only_coordinator(output_dir, url):
+        with _only_coordinator(config, output_dir, url):
             claim_folder(output_dir, given, _MAY_CHANGE)
             store = SearchStore(url, config)
+            _refuse_lost_storage(store, output_dir)
             store.open(fingerprint, facts)
-            store.add_missing(nobody_runs=config.storage is None)
+            store.add_missing(nobody_runs=not store.serves_machines)
             left_because = _coordinate(config, store, data_dir, output_dir, places)
             progress = render(config, store, output_dir)
     print(progress.line())
     print(f"report: {output_dir / HTML_FILE}")
+    print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
     if left_because:
         print(f"stopped by {left_because}: all saved, the same command goes on")
-        return GOES_ON
-    print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
-    return 0
+    elif failed := progress.counts.get("failed"):
+        print(f"{failed} of the runs failed: the same command tries them again")
+    else:
+        return 0
+    return GOES_ON
 
 
 def _places(config: SearchConfig) -> list[Place]:
@@ -131,14 +135,29 @@ class _Teller:
 
 
 @contextlib.contextmanager
-def _only_coordinator(output_dir: Path, url: str) -> Iterator[None]:
-    """Be the only one in the folder; the only one of this machine where several machines share it."""
+def _only_coordinator(config: SearchConfig, output_dir: Path, url: str) -> Iterator[None]:
+    """Be the only one in the folder and on the storage; of this machine where several machines share them."""
     folder = output_dir if sqlite_file(url) else output_dir / _MACHINES_FOLDER / socket.gethostname()
     with contextlib.ExitStack() as stack:
         with errors_of_writing(output_dir):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(only_writer(folder))
+        if config.storage and (file := sqlite_file(url)):
+            try:
+                stack.enter_context(file_lock(Path(f"{file}.search"), blocking=False))
+            except BlockingIOError:
+                raise UserError(f"another search is at work on {url}: wait for its end, or stop it") from None
         yield
+
+
+def _refuse_lost_storage(store: SearchStore, output_dir: Path) -> None:
+    """Runs without a storage that knows of them: their budget can't be told, nor who has been dropped."""
+    has_runs = any((output_dir / _RUNS_FOLDER).glob("*/*"))
+    if has_runs and not (store.reopen() and store.runs()):
+        raise UserError(
+            f"{output_dir} has runs, and the storage knows of none: bring their storage back, or give another "
+            "--output_dir"
+        )
 
 
 def _check_runs(config: SearchConfig, manifest: Manifest, place: Place) -> int:

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -89,9 +90,14 @@ class SearchConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         refuse_password(self.storage)
+        if re.match(r"sqlite:///[^/]", self.storage or ""):
+            raise ValueError(
+                f"storage {self.storage} means another file in another working directory: give its whole path, like "
+                "sqlite:////home/me/trials.db"
+            )
         self._check_space()
-        self._check_sampler()
         self._check_rungs()
+        self._check_sampler()
         for parameters in self._samples():
             self.run_config(parameters)
 
@@ -127,8 +133,19 @@ class SearchConfig:
             raise ValueError(f"sampler {self.sampler} needs num_runs: give how many configurations it should try")
         elif self.num_runs < 1:
             raise ValueError(f"num_runs must be at least 1, not {self.num_runs}")
-        elif not ranges and self.num_runs > self._num_combinations:
-            raise ValueError(f"num_runs {self.num_runs} is more than the space's {self._num_combinations} combinations")
+        elif not ranges and self.num_runs > (most := self._num_possible(self.num_runs)):
+            raise ValueError(f"num_runs {self.num_runs} is more than the {most} combinations that a run takes")
+
+    def _num_possible(self, enough: int) -> int:
+        """How many combinations of values a run takes; no more than ``enough`` are looked for."""
+        return sum(1 for _ in itertools.islice(filter(self._is_possible, self.combinations()), enough))
+
+    def _is_possible(self, parameters: Mapping[str, Any]) -> bool:
+        try:
+            self.run_config(parameters)
+        except ValueError:
+            return False
+        return True
 
     def _check_rungs(self) -> None:
         if self.rungs and self.hyperband:

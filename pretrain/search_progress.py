@@ -11,7 +11,6 @@ from typing import Any, Final
 from pretrain.rungs import Rung
 from pretrain.search_config import SearchConfig
 from pretrain.search_results import (
-    UNFINISHED,
     budget_total,
     device_hours,
     mark,
@@ -22,7 +21,7 @@ from pretrain.search_results import (
     share_spent,
     verdict_at,
 )
-from pretrain.search_runs import SearchRun
+from pretrain.search_runs import UNFINISHED, SearchRun
 
 _STATES: Final = ("running", "paused", "waiting", "finished", "dropped", "diverged", "failed")
 

@@ -54,8 +54,9 @@ def describe_search(folder: Path, price_per_gpu_hour: float | None = None) -> tu
     """How a search stands: a line, tables (header and rows), and the exit code: 0 where it is over, else 75."""
     config, store = _read_search(folder)
     runs = store.runs()
-    is_over = len(runs) >= config.num_planned and not any(run.state in UNFINISHED for run in runs)
-    stands_still = config.storage is None and not is_over and writer_of(folder) is None
+    goes_on = (*UNFINISHED, "failed")  # what has failed is tried again
+    is_over = len(runs) >= config.num_planned and not any(run.state in goes_on for run in runs)
+    stands_still = not store.serves_machines and not is_over and writer_of(folder) is None
     if stands_still:  # what was running when the command was killed
         runs = [replace(run, state="waiting", place=None) if run.state == "running" else run for run in runs]
     progress = look(config, store.facts(), runs, time.time(), price_per_gpu_hour)

@@ -20,11 +20,10 @@ from pretrain.config import PretrainConfig
 from pretrain.rungs import Rung
 from pretrain.runs import Run
 from pretrain.search_config import Range, SearchConfig
-from pretrain.search_runs import SearchRun
+from pretrain.search_runs import UNFINISHED, SearchRun
 
 RESULTS_FILE: Final = "results.json"
 BEST_FILE: Final = "best.yaml"
-UNFINISHED: Final = ("waiting", "running", "paused")
 _ENDED: Final = ("finished", "dropped", "diverged", "failed")
 _TOLERANCE: Final = 1e-9  # of a mark's place: floating point
 _CPU_RUN: Final = re.compile(r"(\d+) x CPU, (\d+) thread")

@@ -62,6 +62,11 @@ class SearchStore:
         self._study: optuna.Study | None = None
 
     @property
+    def serves_machines(self) -> bool:
+        """Whether coordinators on other machines may use it, too."""
+        return self._shared.serves_machines
+
+    @property
     def _study_id(self) -> int:
         return self._storage.get_study_id_from_name(STUDY_NAME)
 

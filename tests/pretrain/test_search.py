@@ -69,7 +69,7 @@ def command(tmp_path, data_dir, machine) -> Command:
         ({"rungs": [{"at": "3h", "keep": "below 6.0"}]}, ["rung at 3h"]),
         ({"rungs": [{"at": "50%", "keep": "the best"}]}, ["'the best'", "'below 6.0'", "'top 50 %'"]),
         ({"sampler": "tpe"}, ["needs num_runs"]),
-        ({"sampler": "random", "num_runs": 5}, ["more than the space's 4"]),
+        ({"sampler": "random", "num_runs": 5}, ["more than the 4 combinations"]),
         ({"gpus_per_run": 1000, "space": {"train_batch_size": [24_000]}}, ["gpus_per_run 1000", socket.gethostname()]),
         ({"gpus_per_run": 0}, ["gpus_per_run must be at least 1"]),
         ({"storage": "mysql://host/studies"}, ["mysql://host/studies", "postgresql"]),

@@ -169,7 +169,7 @@ STEPS = dict.fromkeys(["validation_interval", "checkpoint_interval"], "10%") | {
         (LEARNING_RATES, {"gpus_per_run": 0}, "gpus_per_run must be at least 1"),
         (LEARNING_RATES, {"sampler": "tpe"}, "sampler tpe needs num_runs"),
         (LEARNING_RATES, {"sampler": "tpe", "num_runs": 0}, "num_runs must be at least 1"),
-        (LEARNING_RATES, {"sampler": "random", "num_runs": 3}, "num_runs 3 is more than the space's 2 combinations"),
+        (LEARNING_RATES, {"sampler": "random", "num_runs": 3}, "num_runs 3 is more than the 2 combinations"),
         (LEARNING_RATES, {"num_runs": 2}, "num_runs is for random and tpe"),
         (LEARNING_RATES, {"rungs": [Rung("24h", "below 6")]}, "rung at 24h: 24h is not before the end of the run"),
         (LEARNING_RATES, {"rungs": [Rung("100%", "below 6")]}, "rung at 100%: 100% is not before the end"),

@@ -1,9 +1,7 @@
 """The runs of a search in its storage: who runs next, who goes on at a rung, what a kill leaves, what is refused."""
 
 import itertools
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -173,24 +171,25 @@ def test_a_storage_of_something_else_is_refused(tmp_path) -> None:
         new_store(tmp_path)
 
 
+MANY = replace(CONFIG, space={"seed": list(range(30))})
+
+
+def take_all(folder: Path, taken: Any) -> None:
+    store = SearchStore(f"sqlite:///{folder / 'trials.db'}", MANY)
+    store.reopen()
+    taken.put([run.number for run in iter(lambda: claim(store), None)])
+
+
 def test_two_processes_never_take_the_same_run(tmp_path) -> None:
-    config = replace(CONFIG, space={"seed": list(range(30))})
-    store = new_store(tmp_path, config)
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, 'tests/pretrain');"
-        "import test_study as t; from dataclasses import replace; from pretrain.study import SearchStore;"
-        "store = SearchStore(sys.argv[1], replace(t.CONFIG, space={'seed': list(range(30))})); store.reopen();"
-        "print(*[run.number for run in iter(lambda: t.claim(store), None)])"
-    )
-    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path / 'trials.db'}"]
-    workers = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
-        )
-        for _ in range(2)
-    ]
-    taken = [int(word) for worker in workers for word in worker.communicate(timeout=100)[0].split()]
-    assert sorted(taken) == list(range(30))
+    store = new_store(tmp_path, MANY)
+    context = multiprocessing.get_context("fork")  # spawned ones would import for ten seconds
+    taken = context.Queue()
+    workers = [context.Process(target=take_all, args=(tmp_path, taken)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert sorted(taken.get(timeout=60) + taken.get(timeout=60)) == list(range(30))
+    for worker in workers:
+        worker.join()
     assert all(run.state == "running" for run in store.runs())
 
 
