@@ -20,6 +20,7 @@ from data_prep.config import DataConfig
 from data_prep.documents import Source
 from pretrain.config import PretrainConfig
 from pretrain.search import _only_coordinator
+from pretrain.search_config import SearchConfig
 from tests.pretrain.killed_search import (
     CONFIG,
     SearchCommand,
@@ -41,7 +42,7 @@ LENGTHS = {"training": 1.0, "validation": 0.2, "saving": 0.05, "pausing": 0.2, "
 """Seconds; a kill comes at a random moment within."""
 LEAVING_SECONDS = 90.0
 """For a run whose coordinator has died, on a machine that starts other runs meanwhile; half of it is torch's import."""
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 6.0
 """How long to wait for a phase once a run trains; a kill at whatever there is comes then."""
 STARTING_SECONDS = 60.0
 """How long to wait until a run trains."""
@@ -297,5 +298,6 @@ def test_a_machine_takes_over_what_another_one_that_died_has_begun(undisturbed, 
 
 
 def test_a_machine_that_has_just_begun_does_not_make_the_folder_pass_for_anothers(tmp_path) -> None:
-    with _only_coordinator(tmp_path / "S", "postgresql://me@host/search"):
-        check_folder(tmp_path / "S", PretrainConfig())
+    config = SearchConfig(PretrainConfig(), {"seed": [1, 2]}, storage="postgresql://me@host/search")
+    with _only_coordinator(config, tmp_path / "S", config.storage):
+        check_folder(tmp_path / "S", config)
