@@ -54,7 +54,7 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
         the exit code: 0 for a search that is over, :data:`pretrain.summary.GOES_ON` for one that was asked to leave.
 
     Raises:
-        UserError: bad input, before any work; or a storage or folder that can't be written to.
+        UserError: bad input, before any work; a storage or folder that can't be written to; or runs have failed.
     """
     manifest = read_manifest(data_dir)
     for split in ("train", "validation"):
@@ -81,11 +81,11 @@ def run_search(config: SearchConfig, data_dir: Path, output_dir: Path) -> int:
     print(f"the best configuration: {output_dir / BEST_FILE}" if progress.best else "no run has finished")
     if left_because:
         print(f"stopped by {left_because}: all saved, the same command goes on")
-    elif failed := progress.counts.get("failed"):
-        print(f"{failed} of the runs failed: the same command tries them again")
-    else:
-        return 0
-    return GOES_ON
+        return GOES_ON
+    if failed := [run for run in store.runs() if run.state == "failed"]:
+        first = f"run {failed[0].name} with: {failed[0].because}"
+        raise UserError(f"{len(failed)} of the runs failed, {first}; mend that, and the same command tries again")
+    return 0
 
 
 def _places(config: SearchConfig) -> list[Place]:
