@@ -38,6 +38,7 @@ def self_check(sections: list[str], *options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_self_check_runs_every_section_and_nothing_fails(figures) -> None:
     assert figures["section_seconds"].keys() == SECTIONS.keys() - {"grid"}
     assert figures["failures"] == []
@@ -55,6 +56,7 @@ def test_the_self_check_fine_tunes_one_at_a_time_and_several_at_once(tmp_path) -
     assert figures["grid_demo_sentiment_trials_per_hour_of_2"] > 0
 
 
+@pytest.mark.slow
 def test_the_checks_have_compared_every_path_that_a_cpu_has(figures) -> None:
     checks = {check["check"]: check["agrees"] for check in figures["checks"]}
     assert all(checks.values()), checks
@@ -65,6 +67,7 @@ def test_the_checks_have_compared_every_path_that_a_cpu_has(figures) -> None:
     assert "run: resumed from its checkpoint" in checks
 
 
+@pytest.mark.slow
 def test_every_side_is_timed_and_keeps_its_repeats(figures) -> None:
     cells = {(entry["side"], entry["rows"]) for entry in figures["speeds"] if entry["model"] == "large"}
     sides = {"ours", "ours, eager", "ours, ZeRO 1", "bare loop", "bare loop, eager", "Hugging Face"}

@@ -143,6 +143,7 @@ def assert_same_model(run: Path, expected: Path, world_size: int) -> None:
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_the_slurm_file_meet_without_ssh_and_train_the_model_of_one_process(
     alone, slurm, config, data_dir, tmp_path
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_run_that_was_killed_and_then_paused_ends_with_exactly_the_uninterrupt
     assert steps == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     config, uninterrupted, data_dir, tmp_path, free_port
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_run_that_does_not_do_well_ends_early_with_all_that_it_has_come_to(con
     assert json.loads((run / "exports" / "25-percent" / "pretraining.json").read_text())["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_resumes_on_as_many_processes_only(config, data_dir, tmp_path, free_port) -> None:
     run = tmp_path / "zero1"
     overrides = ["--ds_config", "ds_configs/bf16_zero1.json", "--max_steps", "4"]

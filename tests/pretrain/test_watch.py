@@ -15,7 +15,10 @@ NAMED = r"rank 1 \(process {pid} on \S+, last heard of in {at} after step 3\)"
         ("fails", 2, "error: rank 1: its disk is full"),
         ("breaks", 1, "error: rank 1: ZeroDivisionError: a bug"),
         ("dies", 1, f"error: {NAMED} has ended, killed or crashed".replace("{at}", "training")),
-        ("stops", 1, f"error: for over 9 s nothing has moved; it waits for {NAMED}".replace("{at}", "training")),
+        pytest.param(
+            *("stops", 1, f"error: for over 9 s nothing has moved; it waits for {NAMED}".replace("{at}", "training")),
+            marks=pytest.mark.slow,
+        ),
         ("hangs", 1, f"error: for over 9 s nothing has moved; it waits for {NAMED}".replace("{at}", "reading data")),
     ],
 )
