@@ -309,6 +309,7 @@ def _git_commit() -> str | None:
 
 
 def processor_name() -> str:
+    """The processor's name as the system tells it, else its architecture's."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import yaml
@@ -27,7 +27,7 @@ from common.process_tree import COORDINATOR
 from pretrain.config import PretrainConfig
 from pretrain.places import VISIBLE_DEVICES, Place
 from pretrain.run_record import COMPLETE, PAUSE, STATUS_FILE
-from pretrain.summary import DIVERGED, exit_code, read_summary
+from pretrain.summary import DIVERGED, read_summary
 
 PROGRAM: Final = Path(__file__).parent.parent / "run_pretraining.py"
 _LEAVING_SECONDS: Final = 600.0  # for ranks without a launcher, to save and leave
@@ -66,28 +66,17 @@ class RunFolder:
 
     @property
     def launches(self) -> Path:
-        """A line for each start that has ended."""
+        """A line for each start that has ended: ``begun`` and ``ended`` (seconds since the epoch), ``place``,
+        ``exit_code``, ``cause``; a kill may cut one short."""
         return self.folder / "launches.jsonl"
-
-    def read_launches(self) -> list[dict[str, Any]]:
-        """The starts that have ended: ``begun`` and ``ended`` (seconds since the epoch), ``place``, ``exit_code``,
-        ``cause``. A line that a kill cut short is passed over."""
-        lines = self.launches.read_text(encoding="utf-8").splitlines() if self.launches.exists() else []
-        read = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                read.append(json.loads(line))
-        return [launch for launch in read if isinstance(launch, dict)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run has ended."""
+    """How a run has ended, as its summary has it."""
 
-    stopped_by: str | None
-    """As its summary has it; None where it has failed."""
+    stopped_by: str
     because: str | None
-    exit_code: int | None
 
 
 class Launch:
@@ -242,7 +231,7 @@ def read_outcome(folder: RunFolder, config: PretrainConfig) -> Outcome | None:
     stopped_by, because = summary["stopped_by"], summary.get("stopped_because")
     is_here = stopped_by == PAUSE and because == f"pause_at {config.pause_at}"
     if is_here or stopped_by in (*COMPLETE, DIVERGED):
-        return Outcome(stopped_by, because, exit_code(stopped_by))
+        return Outcome(stopped_by, because)
     return None
 
 

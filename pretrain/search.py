@@ -108,7 +108,7 @@ def _coordinate(
     show = _Teller(config, store)
     interruptions = Interruptions(parse_duration(config.pretrain.preemption_margin))
     runs_dir = output_dir.resolve() / _RUNS_FOLDER
-    with interruptions.noted():
+    with interruptions.noted(), show.ended():
         return Coordinator(config, store, data_dir.resolve(), runs_dir, places, interruptions, show.tell).run()
 
 
@@ -129,6 +129,15 @@ class _Teller:
         else:
             print(line, flush=True)
             self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """Leave a terminal's last line as it is, and what follows on lines of its own."""
+        try:
+            yield
+        finally:
+            if sys.stdout.isatty():
+                print(flush=True)
 
 
 # --- before anything is written ---
@@ -166,12 +175,12 @@ def _check_runs(config: SearchConfig, manifest: Manifest, place: Place) -> int:
     Raises:
         UserError: naming the configuration.
     """
-    ds_config = load_ds_config(config.pretrain.ds_config)
     device = torch.device("cuda" if place.gpus else "cpu")
     architectures: dict[Any, Architecture] = {}
     for parameters in config.grid() if config.sampler == "grid" else [propose(config, [])]:
         run = config.run_config(parameters)
         try:
+            ds_config = load_ds_config(run.ds_config)
             check_kernels(run.kernels, device, autocast_dtype(ds_config))
             check_optimizer(run.optimizer, zero_stage(ds_config), has_half_precision_weights(ds_config))
             model = (run.init_from, run.model)
