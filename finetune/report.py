@@ -12,6 +12,7 @@ from common.folders import read_json
 from common.page import Document, Plot, write_documents
 from finetune.config import STARTED_FROM_MNLI
 from finetune.curves import chosen_panels, other_panels
+from finetune.model_record import PRETRAINING_FILE
 from finetune.plots import START_NAMES, grid_panels, pretraining_figure, scores_panels
 from finetune.published import DEVELOPMENT_SET, TEST_SET
 from finetune.results import Results
@@ -35,8 +36,6 @@ from finetune.score_tables import (
     summaries,
     variants_table,
 )
-
-PRETRAINING_FILE: Final = "pretraining.json"
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -106,7 +105,7 @@ def _add_statement(document: Document, results: Results) -> None:
     done, missing = len(results["trials"]), len(results["missing"])
     titles = [facts["title"] for facts in results["task_facts"].values()]
     first, *others = results["variants"]
-    of_variant = f" ({first}; beside it {enumeration(others)}, see Variants)" if others else ""
+    of_variant = f" ({first}; under Variants also {'; '.join(others)})" if others else ""
     document.paragraph(
         f"{results['model']} fine-tuned on {enumeration(titles)}: the median score over {len(results['seeds'])} seeds"
         f" of each task's best configuration{of_variant} on the development split, with every trial behind it"

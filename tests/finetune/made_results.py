@@ -99,6 +99,7 @@ def results_of(
         "model_sha256": "abc123" * 8,
         "mnli_init": False,
         "protocol": PROTOCOL,
+        "precisions": ["fp32"],
         "rows": used,
         "limited_rows": {name: {} for name in cells},
         "tokens_per_row": dict.fromkeys(cells, 31.4),

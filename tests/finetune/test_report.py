@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,51 @@ def test_replicates_tell_best_mean_and_deviation_of_every_metric():
         ("F1 (selects)", "70.0", "62.7", "6.4", "60.0"),
         ("accuracy", "69.0", "61.7", "6.4", "59.0"),
     ]
+
+
+def with_variants() -> Results:
+    """RTE in three precisions, CoLA in fp32 alone."""
+    cells = {"rte": [], "cola": grid("cola", rates=(1e-5,))}
+    trials = {cell: table_trial(cell) for cell in cells["cola"]}
+    for precision, speed in (("fp32", 400), ("bf16", 1000), ("fp16", 100)):
+        for cell in grid("rte", rates=(1e-5, 3e-5)):
+            variant = replace(cell, precision=precision)
+            cells["rte"].append(variant)
+            score = table_trial(cell)["score"] - 0.1 * (precision == "bf16" and cell.learning_rate == 3e-5)
+            trials[variant] = {**trial("rte", score, score), "rows_per_second": speed}
+    return results_of(cells, trials)
+
+
+def test_variants_are_compared_by_score_time_and_memory():
+    rows = table_with(markdown_of(with_variants()), "speed")
+    assert [(row["task"], row["variant"], row["speed"]) for row in rows] == [
+        ("RTE", "AdamW, fp32", "1.00 x"),
+        ("RTE", "AdamW, bf16", "2.50 x"),
+        ("RTE", "AdamW, fp16", "0.25 x"),
+    ]
+    assert [(row["configuration"], row["best"], row["mean"]) for row in rows[:2]] == [
+        ("3e-5 · 32 · 2", "70.0", "62.7"),
+        ("1e-5 · 32 · 2", "54.0", "52.0"),
+    ]
+    assert {row["optimizer (MiB)"] for row in rows} == {"3.0"}
+    assert {row["peak (MiB)"] for row in rows} == {"-"}
+
+
+def test_with_one_variant_there_is_nothing_to_compare():
+    assert "## Variants" not in markdown_of(results_of({"rte": grid("rte")}))
+
+
+def test_every_variant_has_figures_of_its_own():
+    results = with_variants()
+    titles = [*(f"RTE, {variant}" for variant in results["variants"]), "CoLA, AdamW, fp32"]
+    assert list(scores_panels(results)) == list(chosen_panels(results)) == titles
+    assert list(grid_panels(results)) == list(other_panels(results)) == titles[:3]
+    bf16 = chosen_panels(results)["RTE, AdamW, bf16"].axes[0].get_title("left")
+    assert bf16 == "RTE, AdamW, bf16\n1e-5 · 32 · 2", "its own best configuration"
+
+
+def test_a_page_says_whose_scores_stand_first():
+    assert "best configuration (AdamW, fp32; under Variants also AdamW, bf16; AdamW, fp16)" in markdown_of(with_variants())
 
 
 @pytest.mark.parametrize(
