@@ -5,7 +5,6 @@ round removes and are not trained on; the development split is only measured. Th
 training rows, the held-out ones included: they are held out from here on.
 """
 
-import copy
 import os
 import shutil
 import statistics
@@ -13,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,7 +29,6 @@ from common.folders import (
     only_writer,
     processor_name,
     provenance,
-    read_json,
     write_json,
 )
 from common.hub import quiet_transformers, weight_files
@@ -37,40 +36,22 @@ from finetune.batches import DeviceSplit
 from finetune.classifier import load_classifier
 from finetune.examples import data_sha256, read_task
 from finetune.grid import auto_precision
-from finetune.heads import full_size, kept_heads, remove_heads, removed_heads, write_pruned_heads
-from finetune.losses import TrialFailure
+from finetune.heads import full_size, kept_heads, write_pruned_heads
 from finetune.model import find_model, load_tokenizer, model_fingerprint, refuse_quantized
 from finetune.model_record import PRETRAINING_FILE, ModelRecord, read_record, write_record
 from finetune.optimizers import Optimizer
 from finetune.progress import duration
-from finetune.pruning import (
-    POINTS,
-    TIMED_ROWS,
-    Choice,
-    PrunedStart,
-    choose_heads,
-    hold_out,
-    measure_speed,
-    metrics_of,
-    select_rows,
-)
+from finetune.pruning import POINTS, TIMED_ROWS, measure_speed, metrics_of, select_rows
 from finetune.pruning_report import write_pruning_report
+from finetune.pruning_rounds import PruningRounds, State, state_of
 from finetune.tasks import Task
 from finetune.tokens import TokenizedSplit, load_tokens, tokenize_split
-from finetune.trial import Cell, Protocol, run_trial
-from finetune.trial_files import TrialFiles
+from finetune.trial import Cell, Protocol
 
 RESULTS_FILE: Final = "results.json"
-ROUNDS_FOLDER: Final = "rounds"
 
-_MODEL_FOLDER: Final = "model"
-_CHOICE_FILE: Final = "choice.json"
-_ROUND_FILE: Final = "round.json"
+_ROUNDS_FOLDER: Final = "rounds"
 _CACHE_FOLDER: Final = "cache"
-_SAVE_STEPS: Final = 500  # optimizer steps between two checkpoints
-
-State = dict[str, Any]
-"""A model's heads, parameters, bytes, scores and speed, as ``results.json`` has them."""
 
 
 @dataclass(frozen=True)
@@ -189,15 +170,11 @@ class _Pruning:
 
     def run(self) -> dict[str, Any]:
         """Every round of every seed that is not recorded yet; returns the content of ``results.json``."""
-        self._tokens = {split: self._tokenize(split) for split in self._task.splits}
-        self._evaluation = {
-            name: DeviceSplit(self._tokens[name], self._device) for name in self._task.evaluation_splits
-        }
         precision = self._cell.precision
         metrics = {
             name: metrics_of(self._model, self._task, data, precision) for name, data in self._evaluation.items()
         }
-        before = self._state(self._model, self._folder, metrics)
+        before = state_of(self._model, self._folder, self._task, metrics)
         seeds = self._run_seeds(before)
         self._measure_speed([before, *(state for states in seeds.values() for state in states)])
         scores = {seed: (states or [before])[-1]["score"] for seed, states in seeds.items()}
@@ -216,6 +193,29 @@ class _Pruning:
             "seeds": {str(seed): states for seed, states in seeds.items()},
             "median_seed": min(seed for seed, score in scores.items() if score == median),
         }
+
+    @cached_property
+    def _tokens(self) -> dict[str, TokenizedSplit]:
+        return {split: self._tokenize(split) for split in self._task.splits}
+
+    @cached_property
+    def _evaluation(self) -> dict[str, DeviceSplit]:
+        return {split: DeviceSplit(self._tokens[split], self._device) for split in self._task.evaluation_splits}
+
+    @cached_property
+    def _rounds(self) -> PruningRounds:
+        return PruningRounds(
+            folder=self._output_dir / _ROUNDS_FOLDER,
+            model=self._model,
+            task=self._task,
+            cell=self._cell,
+            protocol=Protocol(**self.plan.protocol),
+            tolerance=self.plan.tolerance,
+            holdout=self.plan.holdout,
+            training=self._tokens["train"],
+            evaluation=self._evaluation,
+            device=self._device,
+        )
 
     def _tokenize(self, split: str) -> TokenizedSplit:
         """The rows that the model was tuned and measured on: as many of the first ones."""
@@ -236,9 +236,9 @@ class _Pruning:
         started, num_run = time.monotonic(), 0
         for place, (seed, states) in enumerate(seeds.items()):
             for number in range(1, self.plan.rounds + 1):
-                recorded = (self._round_folder(seed, number) / _ROUND_FILE).exists()
-                state = self._read_round(seed, number) if recorded else self._run_round(seed, number)
-                num_run += not recorded
+                is_recorded = self._rounds.is_recorded(seed, number)
+                state = self._rounds.read(seed, number) if is_recorded else self._rounds.run(seed, number)
+                num_run += not is_recorded
                 if not state["choice"]["heads"]:
                     break
                 states.append(state)
@@ -246,79 +246,6 @@ class _Pruning:
                 time_left = f", {duration((time.monotonic() - started) / num_run * left)}" if num_run else ""
                 print(f"{_told(seed, number, before, state)}; at most {left} rounds left{time_left}", flush=True)
         return seeds
-
-    def _round_folder(self, seed: int, number: int) -> Path:
-        return self._output_dir / ROUNDS_FOLDER / f"seed-{seed}" / f"round-{number}"
-
-    def _read_round(self, seed: int, number: int) -> State:
-        return read_json(self._round_folder(seed, number) / _ROUND_FILE, "a round's result; delete its folder")
-
-    def _classifier(self, seed: int, number: int) -> PreTrainedModel:
-        """As a round left it; 0: as it was."""
-        if number == 0:
-            return self._model
-        return load_classifier(self._round_folder(seed, number) / _MODEL_FOLDER).to(self._device)
-
-    def _run_round(self, seed: int, number: int) -> State:
-        """Choose heads, remove them, fine-tune; the model is saved, then the result, then the round before's goes."""
-        folder = self._round_folder(seed, number)
-        classifier = self._classifier(seed, number - 1)
-        parts = hold_out(self._tokens["train"], self.plan.holdout, seed)
-        training, held_out = (DeviceSplit(part, self._device) for part in parts)
-        choice = self._choose(folder, classifier, training, held_out)
-        found = {"round": number, "choice": asdict(choice)}
-        if choice.heads:
-            smaller = copy.deepcopy(classifier)
-            remove_heads(smaller, choice.heads)
-            found |= self._tune(folder, seed, smaller, training)
-        write_json(folder / _ROUND_FILE, found)
-        if choice.heads and number > 1:
-            shutil.rmtree(self._round_folder(seed, number - 1) / _MODEL_FOLDER)
-        return self._read_round(seed, number)  # as a later start reads it
-
-    def _choose(
-        self, folder: Path, classifier: PreTrainedModel, training: DeviceSplit, held_out: DeviceSplit
-    ) -> Choice:
-        """Made once: a round that goes on from a checkpoint has the shapes that it had."""
-        path = folder / _CHOICE_FILE
-        if path.exists():
-            return Choice.of(read_json(path, "the heads that the round removes; delete its folder"))
-        choice = choose_heads(classifier, self._task, training, held_out, self.plan.tolerance, self._cell.precision)
-        write_json(path, asdict(choice))
-        num_heads = sum(map(len, choice.heads.values()))
-        cost = POINTS * (choice.held_out_scores[0] - choice.held_out_scores[num_heads])
-        print(
-            f"{folder}: {num_heads} heads can go, at a cost of {cost:.1f} points on {len(held_out):,} rows", flush=True
-        )
-        return choice
-
-    def _tune(self, folder: Path, seed: int, classifier: PreTrainedModel, training: DeviceSplit) -> dict[str, Any]:
-        cell, files = replace(self._cell, seed=seed), TrialFiles(folder, _SAVE_STEPS, logging_steps=None)
-        protocol, data = Protocol(**self.plan.protocol), {"train": training, **self._evaluation}
-        try:
-            result, tuned = run_trial(self._task, cell, protocol, PrunedStart(classifier), data, self._device, files)
-        except TrialFailure as error:
-            raise UserError(f"{folder}: {error}") from None
-        with quiet_transformers(), atomic_path(folder / _MODEL_FOLDER) as temporary:
-            tuned.save_pretrained(temporary)
-            write_pruned_heads(temporary, tuned)
-        files.end()
-        metrics = result["epochs"][result["score_epoch_index"]]["metrics"]
-        kept = {name: result[name] for name in ("epochs", "seconds", "device")}
-        return {**self._state(tuned, folder / _MODEL_FOLDER, metrics), **kept, "training_rows": len(training)}
-
-    def _state(self, classifier: PreTrainedModel, folder: Path, metrics: Mapping[str, Mapping[str, float]]) -> State:
-        """What the tables and figures tell of a model; its speed is measured later."""
-        kept = kept_heads(classifier)
-        return {
-            "num_heads": sum(map(len, kept.values())),
-            "heads_of_layers": [len(heads) for heads in kept.values()],
-            "removed": {str(layer): heads for layer, heads in removed_heads(classifier).items()},
-            "parameters": classifier.num_parameters(),
-            "file_bytes": sum(path.stat().st_size for path in weight_files(folder)),
-            "score": metrics[self._task.evaluation_splits[0]][self._task.selected_by],
-            "metrics": metrics,
-        }
 
     def _measure_speed(self, states: list[State]) -> None:
         """Into each state the rows a second of its shapes; all are measured in turn."""
@@ -330,7 +257,7 @@ class _Pruning:
 
     def write_model(self, seed: int, states: list[State], full_size_dir: Path | None) -> None:
         """Put a seed's last model at the top of the output folder, and its full-size form where that is wanted."""
-        classifier = self._classifier(seed, len(states))
+        classifier = self._rounds.classifier(seed, len(states))
         record = self._record_after(seed, states)
         with tempfile.TemporaryDirectory(dir=self._output_dir) as folder:
             self._save(Path(folder), classifier, record)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedModel
 
-import finetune.prune
+import finetune.pruning_rounds
 from common.errors import UserError
 from finetune.batches import DeviceSplit
 from finetune.classifier import load_classifier
@@ -268,7 +268,7 @@ def test_a_killed_pruning_continues_and_finds_the_same(
             raise KeyboardInterrupt
         return run_trial(*arguments)
 
-    monkeypatch.setattr(finetune.prune, "run_trial", interrupted)
+    monkeypatch.setattr(finetune.pruning_rounds, "run_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(CONFIG, str(tuned), tmp_path / "O", glue_dir)
     assert not (tmp_path / "O" / "model.safetensors").exists()
