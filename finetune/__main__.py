@@ -5,11 +5,13 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common.cli import command_parser, parse, run_subcommand
+from common.cli import command_parser, config_parser, parse, run_subcommand, take_config
 from common.errors import UserError
 from common.hub import model_folder
 from finetune.predict import predict_file, predict_texts
 from finetune.predictor import Predictor
+from finetune.prune import PruneConfig
+from finetune.prune import prune as prune_model
 from finetune.quantize import quantize_model
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
@@ -50,6 +52,26 @@ def submit(argv: list[str]) -> None:
     arguments = parse(parser, argv)
     glue_dir = Path(arguments.glue_dir) if arguments.glue_dir else None
     write(Path(arguments.folder), glue_dir, arguments.start, arguments.placeholders)
+
+
+def prune(argv: list[str]) -> None:
+    """Take attention heads out of a tuned model, as many as the data allow, and fine-tune it again."""
+    parser = config_parser("python -m finetune prune", prune.__doc__ or "", PruneConfig)
+    parser.usage = "%(prog)s --model M --output_dir O [--key value ...]"
+    parser.add_argument("--model", type=str, required=True, help="a tuned classifier: its Hugging Face folder")
+    parser.add_argument("--output_dir", type=str, required=True, help="becomes the pruned model's folder; continues")
+    parser.add_argument("--glue_dir", type=str, help="folder of the official TSV files; default: from the hub")
+    parser.add_argument(
+        "--full_size", type=str, help="make this folder too: the same with zeros for removed heads, for transformers"
+    )
+    arguments = parse(parser, argv)
+    prune_model(
+        take_config(arguments, PruneConfig),
+        model=arguments.model,
+        output_dir=Path(arguments.output_dir),
+        glue_dir=Path(arguments.glue_dir) if arguments.glue_dir else None,
+        full_size_dir=Path(arguments.full_size) if arguments.full_size else None,
+    )
 
 
 def check(argv: list[str]) -> None:
@@ -105,9 +127,10 @@ if __name__ == "__main__":
     commands = {
         "quantize": quantize,
         "predict": predict,
+        "prune": prune,
         "report": report,
         "status": status,
         "submit": submit,
         "check-submission": check,
     }
-    run_subcommand("python -m finetune", "Fine-tune on GLUE and report the scores.", commands)
+    run_subcommand("python -m finetune", "Fine-tune tasks of GLUE or your own, and use what comes out.", commands)
