@@ -125,9 +125,9 @@ def quantize(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     commands = {
-        "quantize": quantize,
         "predict": predict,
         "prune": prune,
+        "quantize": quantize,
         "report": report,
         "status": status,
         "submit": submit,
