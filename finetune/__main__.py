@@ -12,6 +12,7 @@ from finetune.predict import predict_file, predict_texts
 from finetune.predictor import Predictor
 from finetune.prune import PruneConfig
 from finetune.prune import prune as prune_model
+from finetune.quantize import quantize_model
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
@@ -109,10 +110,24 @@ def predict(argv: list[str]) -> None:
         predict_file(predictor, *files, arguments.text_column, arguments.pair_column, arguments.batch_size)
 
 
+def quantize(argv: list[str]) -> None:
+    """Make a tuned model's int8 form, and measure score, size and latency before and after."""
+    parser = command_parser("python -m finetune quantize", quantize.__doc__ or "")
+    parser.add_argument("--model", type=str, required=True, help="folder of a tuned model, or hub id")
+    parser.add_argument("--output_dir", type=str, required=True, help="becomes the quantised model's folder")
+    parser.add_argument("--glue_dir", type=str, help="folder of the official TSV files; default: from the hub")
+    parser.add_argument("--task_name", type=str, help="of a model that has no record of its task")
+    parser.add_argument("--no_compile", action="store_true", help="time the models as they are, not compiled too")
+    arguments = parse(parser, argv)
+    glue_dir = Path(arguments.glue_dir) if arguments.glue_dir else None
+    quantize_model(arguments.model, Path(arguments.output_dir), glue_dir, arguments.task_name, not arguments.no_compile)
+
+
 if __name__ == "__main__":
     commands = {
         "predict": predict,
         "prune": prune,
+        "quantize": quantize,
         "report": report,
         "status": status,
         "submit": submit,

@@ -24,7 +24,7 @@ def load_classifier(folder: Path) -> PreTrainedModel:
         classifier, missing = read_classifier(folder)
         classifier = classifier.float()
     if missing:
-        lacks = f"the model in {folder} lacks weights (such as {min(missing)})"
-        is_tuned = any(name.startswith(f"{classifier.base_model_prefix}.") for name in missing)
-        raise UserError(lacks if is_tuned else f"{lacks}: it is no classifier before it is fine-tuned")
+        head = [name for name in missing if not name.startswith(f"{classifier.base_model_prefix}.")]
+        hint = ": it is no classifier before it is fine-tuned" if head else ""
+        raise UserError(f"the model in {folder} lacks weights (such as {min(head or missing)}){hint}")
     return classifier.eval()

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from common.errors import UserError
-from common.folders import read_json, sha256_of_file
+from common.folders import sha256_of_file
 from common.hub import model_folder, quiet_transformers, weight_files
 from finetune.heads import read_pruned_heads, remove_recorded_heads
+from finetune.quantization import is_quantized
 from finetune.tasks import Task
 
 Initialization = Literal["pretrained", "random", "mnli"]
@@ -171,8 +172,7 @@ def refuse_quantized(folder: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    config = folder / "config.json"
-    if config.is_file() and "quantization_config" in read_json(config, "the model's configuration"):
+    if is_quantized(folder):
         raise UserError(f"{folder} is quantised, and integers are not trained: take the model that it was made from")
 
 
