@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import command_parser, parse, run_subcommand
+from finetune.publish import publish_run
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
@@ -54,6 +55,26 @@ def check(argv: list[str]) -> None:
     print(f"{path} is complete and in the server's format")
 
 
+def publish(argv: list[str]) -> None:
+    """Send a tuned model, its records and a card made from them to the Hugging Face hub."""
+    parser = command_parser("python -m finetune publish", publish.__doc__ or "")
+    parser.add_argument("folder", type=str, help="output folder of train or of a grid, or any model with its record")
+    parser.add_argument("--repo_id", type=str, required=True, help="the repository on the hub: user/name")
+    parser.add_argument("--task_name", type=str, help="whose model, if the folder has several")
+    parser.add_argument("--private", action="store_true", help="make it a private repository")
+    parser.add_argument("--license", type=str, help="for the card, from the hub's list, such as apache-2.0")
+    parser.add_argument("--dry_run", action="store_true", help="show every file and the card, and send nothing")
+    arguments = parse(parser, argv)
+    publish_run(
+        Path(arguments.folder),
+        arguments.repo_id,
+        arguments.private,
+        arguments.task_name,
+        arguments.license,
+        arguments.dry_run,
+    )
+
+
 if __name__ == "__main__":
-    commands = {"report": report, "status": status, "submit": submit, "check-submission": check}
+    commands = {"report": report, "status": status, "submit": submit, "check-submission": check, "publish": publish}
     run_subcommand("python -m finetune", "Fine-tune on GLUE and report the scores.", commands)
