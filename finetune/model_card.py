@@ -150,9 +150,8 @@ def _introduction(subject: Subject) -> str:
         sentences.append("The data are synthetic, made for a demonstration.")
     if subject.removed_heads:
         total = sum(map(len, subject.removed_heads.values()))
-        sentences.append(
-            f"{number(total, 'attention head')} of it were removed after importance, the rest tuned again."
-        )
+        heads = number(total, "attention head")
+        sentences.append(f"Pruned: {heads} fewer, the least important ones, and tuned again.")
     if subject.is_quantized:
         sentences.append("The weights of its linear layers are 8-bit integers, and so are their inputs at run time.")
     return " ".join(sentences)

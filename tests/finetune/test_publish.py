@@ -131,11 +131,10 @@ def test_a_model_alone_is_sent_without_a_runs_files(model: Path, hub: Hub):
 
 
 def test_a_pruned_model_takes_its_record_along(model: Path, hub: Hub):
-    (model / "pruned_heads.json").write_text(json.dumps({"removed_heads": {"0": [1]}}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.publish.read_pruned_heads", lambda folder: {0: [1]})
-        publish_run(model, "me/x")
+    (model / "pruned_heads.json").write_text('{"heads": [2, 2], "removed": {"0": [1]}, "history": [{"0": [1]}]}')
+    publish_run(model, "me/x")
     assert hub.committed["pruned_heads.json"] == (model / "pruned_heads.json").read_bytes()
+    assert b"Pruned: 1 attention head fewer" in hub.committed["README.md"]
 
 
 def test_a_public_repository_is_never_taken_for_a_private_one(model: Path, hub: Hub):

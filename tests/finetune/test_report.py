@@ -529,9 +529,8 @@ def test_every_variant_has_figures_of_its_own():
 
 
 def test_a_page_says_whose_scores_stand_first():
-    assert "best configuration (AdamW, fp32; under Variants also AdamW, bf16; AdamW, fp16)" in markdown_of(
-        with_variants()
-    )
+    whose = "best configuration (AdamW, fp32; under Variants also AdamW, bf16; AdamW, fp16)"
+    assert whose in markdown_of(with_variants())
 
 
 @pytest.mark.parametrize(

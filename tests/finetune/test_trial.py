@@ -4,15 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
-from finetune.examples import Examples, read_task
 from finetune.inference import decide, predict
 from finetune.losses import TrialFailure
 from finetune.model import Encoder
-from finetune.tasks import TASKS, Task
-from finetune.tokens import load_tokens, tokenize_split
+from finetune.tasks import TASKS
 from finetune.trial import Cell, Protocol, parameter_groups, run_trial
 
 CPU = torch.device("cpu")
@@ -26,19 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tasks(glue_dir: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    tokenizer, cache = AutoTokenizer.from_pretrained(model_folder), tmp_path_factory.mktemp("cache")
-
-    def tokens(task: Task, examples: Examples) -> DeviceSplit:
-        return DeviceSplit(load_tokens(tokenize_split(examples, task, tokenizer, "words", 32, cache)), CPU)
-
-    return {
-        name: {split: tokens(TASKS[name], examples) for split, examples in read_task(TASKS[name], glue_dir).items()}
-        for name in ("sst2", "stsb")
-    }
 
 
 def cell(task_name="sst2", seed=1, num_epochs=2, initialization="pretrained", precision="fp32") -> Cell:
