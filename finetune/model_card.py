@@ -87,7 +87,7 @@ def model_card(subject: Subject) -> str:
         "## Limits",
         _limits(subject),
         "## Software",
-        _facts(record.versions),
+        _facts({name: version for name, version in record.versions.items() if version}),
     ]
     return "\n\n".join(parts) + "\n"
 
