@@ -74,6 +74,8 @@ class Task:
     """The smallest and the largest score there is, where scores are bounded."""
     other_files: tuple[str, ...] = ()
     """Where else in the GLUE folder its only file may lie: nobody agreed on the diagnostic set's place."""
+    label_titles: tuple[str, ...] | None = None
+    """What saved models call their outputs, where the files' labels are mere numbers: the hub's names of them."""
     hub_config: str | None = None
     """Configuration of the hub's GLUE data set; None for a task that is not GLUE's."""
     hub_sentence_columns: tuple[str, ...] | None = None
@@ -108,6 +110,11 @@ class Task:
         """Outputs of the classifier: one per class, one for a score."""
         return len(self.labels) if self.labels else 1
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What a saved model calls its outputs."""
+        return self.label_titles or self.labels or ("score",)
+
     def is_test(self, split: str) -> bool:
         """Whether the split has no labels."""
         return any(split == test.name for test in self.test_splits)
@@ -124,6 +131,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("unacceptable", "acceptable"),
         metrics=("matthews", "accuracy"),
         official_rows={"train": 8551, "dev": 1043},
         test_splits=(TestSplit("test", "CoLA.tsv", 1063),),
@@ -137,6 +145,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("negative", "positive"),
         metrics=("accuracy",),
         official_rows={"train": 67349, "dev": 872},
         test_splits=(TestSplit("test", "SST-2.tsv", 1821),),
@@ -149,6 +158,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("#1 String", "#2 String"),
         label_column="Quality",
         labels=_BINARY,
+        label_titles=("not_equivalent", "equivalent"),
         metrics=("f1", "accuracy"),
         official_rows={"train": 3668, "dev": 408},
         test_splits=(TestSplit("test", "MRPC.tsv", 1725),),
@@ -175,6 +185,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("question1", "question2"),
         label_column="is_duplicate",
         labels=_BINARY,
+        label_titles=("not_duplicate", "duplicate"),
         metrics=("f1", "accuracy"),
         official_rows={"train": 363846, "dev": 40430},
         test_splits=(TestSplit("test", "QQP.tsv", 390965),),
@@ -231,6 +242,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence1", "sentence2"),
         label_column="label",
         labels=_BINARY,
+        label_titles=("not_entailment", "entailment"),
         metrics=("accuracy",),
         official_rows={"train": 635, "dev": 71},
         test_splits=(TestSplit("test", "WNLI.tsv", 146),),
@@ -243,6 +255,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("negative", "positive"),
         metrics=("accuracy",),
         official_rows={},
     ),
