@@ -306,7 +306,7 @@ def _add_protocol(document: Document, results: Results) -> None:
         "Input": f"at most {protocol['max_seq_length']} tokens a row, longer ones are cut",
         "Optimizer": f"AdamW, weight decay {protocol['weight_decay']:g}, learning rate rising over the first"
         f" {100 * protocol['warmup_proportion']:g} % of the steps, then falling linearly to 0",
-        "Precision": protocol["precision"],
+        "Precision": ", ".join(results["precisions"]),
         "Score": f"of the {protocol['score_epoch']} epoch, on the development split",
     }
     if trials := results["trials"]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,12 +18,14 @@ from common.hub import quiet_transformers, weight_files
 from common.page import markdown_table
 from finetune.batches import DeviceSplit
 from finetune.examples import Examples, read_split, require_files
+from finetune.inference import Precision, decide, predict
 from finetune.kept_models import kept_folder
 from finetune.model import load_tokenizer, model_fingerprint
+from finetune.results import cell_of, median_cell_of
 from finetune.submission import SUBMITTED, write_submission
 from finetune.tasks import HUB_DATASET, Task, TestSplit
 from finetune.tokens import load_tokens, tokenize_split
-from finetune.trial import Cell, Protocol, decide, predict
+from finetune.trial import Cell, Protocol
 
 SUBMISSION_FILE: Final = "submission.zip"
 RECORD_FILE: Final = "submission.json"
@@ -157,7 +159,7 @@ def _plan(
 def _median_cell(task_name: str, summary: Mapping[str, Any], start: Start) -> Cell:
     """The trial of the best configuration's median seed."""
     started = summary["starts"].get(start) or summary["starts"]["pretrained"]  # most tasks have only this one
-    return Cell(task_name, **started["best"], initialization=started["initialization"], seed=started["median_seed"])
+    return median_cell_of(task_name, started)
 
 
 def _check_kept(output_dir: Path, files: Sequence[SubmittedFile]) -> None:
@@ -192,7 +194,7 @@ def _predict_all(
     with tqdm(total=num_rows, unit="row", mininterval=refresh_seconds) as progress:
         for cell in dict.fromkeys(file.cell for file in predicted):
             of_cell = [file for file in predicted if file.cell == cell]
-            model = Predictor(kept_folder(output_dir, cell), of_cell[0].task, protocol)
+            model = Predictor(kept_folder(output_dir, cell), of_cell[0].task, protocol.max_seq_length, cell.precision)
             for file in of_cell:
                 progress.set_description(file.name, refresh=False)
                 predictions[file.name] = model.predict(test_sets[file.name], file.task, output_dir / _CACHE_FOLDER)
@@ -203,21 +205,22 @@ def _predict_all(
 class Predictor:
     """A tuned model with its tokenizer, on a GPU where there is one."""
 
-    def __init__(self, folder: Path, task: Task, protocol: Protocol) -> None:
+    def __init__(self, folder: Path, task: Task, max_seq_length: int, precision: Precision) -> None:
         """Load the model.
 
         Args:
             folder: Hugging Face folder of a classifier for ``task``.
             task: its classes are the model's.
-            protocol: how it was trained.
+            max_seq_length: of the rows, as it was trained.
+            precision: that it was trained in.
 
         Raises:
             UserError: the model is damaged, or not one of ``task``.
         """
         self.folder = folder
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = protocol.precision if self._device.type == "cuda" else "fp32"
-        self._protocol = replace(protocol, precision=precision, compile=False)
+        self._max_seq_length = max_seq_length
+        self._precision: Precision = precision if self._device.type == "cuda" else "fp32"
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer_sha256 = model_fingerprint(folder)["tokenizer"]
         self._classifier = _load_classifier(folder, task).to(self._device)
@@ -233,9 +236,9 @@ class Predictor:
         Raises:
             UserError: the model's outputs are not finite numbers.
         """
-        length = self._protocol.max_seq_length
+        length = self._max_seq_length
         tokens = tokenize_split(examples, task, self._tokenizer, self._tokenizer_sha256, length, cache_dir)
-        logits, _ = predict(self._classifier, DeviceSplit(load_tokens(tokens), self._device), self._protocol)
+        logits, _ = predict(self._classifier, DeviceSplit(load_tokens(tokens), self._device), self._precision)
         if not logits.isfinite().all():
             raise UserError(f"the model in {self.folder} does not predict finite numbers: it is damaged")
         predicted = decide(task, logits)
@@ -288,7 +291,7 @@ def _show(zip_path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _source(record: Mapping[str, Any]) -> str:
-    return str(Cell(**record["trial"])) if record["trial"] else f"PLACEHOLDER {record['placeholder']}"
+    return str(cell_of(record["trial"])) if record["trial"] else f"PLACEHOLDER {record['placeholder']}"
 
 
 def _shares(record: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ that "How to Train BERT with an Academic Budget" reports. A user's own task is a
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Final
 
 import numpy as np
 
+from common.errors import UserError
 from finetune.metrics import CLASS_METRICS, SCORE_METRICS, compute
 
 HUB_DATASET: Final = "nyu-mll/glue"
@@ -30,16 +31,6 @@ class TestSplit:
     """What the server calls the file of its predictions."""
     rows: int
     """The official number."""
-
-
-@dataclass(frozen=True)
-class OwnData:
-    """Where the rows of a user's own task are: two files, or two splits of a data set."""
-
-    train: str
-    dev: str
-    dataset: str | None
-    dataset_config: str | None
 
 
 @dataclass(frozen=True)
@@ -82,8 +73,8 @@ class Task:
     """Where they differ from ``sentence_columns``."""
     predicted_by: str | None = None
     """The task whose model predicts this one, which has no training rows of its own."""
-    own: OwnData | None = None
-    """Where a user's own task has its rows."""
+    own: "OwnTask | None" = None
+    """A user's own task as it was given."""
 
     @property
     def selected_by(self) -> str:
@@ -283,6 +274,24 @@ _ALL_TASKS: Final = (
 TASKS: Final[Mapping[str, Task]] = {task.task_name: task for task in _ALL_TASKS}
 """The tasks that a grid can train."""
 
+
+def _mnli_scored_on(split: str, number: int) -> Task:
+    mnli = TASKS["mnli"]
+    return replace(
+        mnli,
+        task_name=f"mnli_{split}",
+        title=f"MNLI {split}",
+        official_rows={name: mnli.official_rows[name] for name in ("train", f"dev_{split}")},
+        evaluation_splits=(f"dev_{split}",),
+        test_splits=(mnli.test_splits[number],),
+    )
+
+
+MNLI_SETS: Final[Mapping[str, Task]] = {
+    task.task_name: task for task in (_mnli_scored_on("matched", 0), _mnli_scored_on("mismatched", 1))
+}
+"""MNLI scored on one of its two sets alone, under run_glue's names."""
+
 AX: Final = Task(
     task_name="ax",
     title="AX",
@@ -299,6 +308,18 @@ AX: Final = Task(
     hub_sentence_columns=("premise", "hypothesis"),
     predicted_by="mnli",
 )
+
+
+def find_task(task_name: str) -> Task:
+    """The task of this name, of those that the program knows.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = {**TASKS, **MNLI_SETS}
+    if task_name not in known:
+        raise UserError(f"there is no task '{task_name}'; there are: {' '.join(known)}")
+    return known[task_name]
 
 
 def benchmark_title(tasks: Iterable[Task]) -> str:
@@ -401,5 +422,5 @@ def own_task(own: OwnTask) -> Task:
         labels=None if own.labels is None else tuple(map(str, own.labels)),
         metrics=tuple(own.metrics),
         official_rows={},
-        own=OwnData(own.train, own.dev, own.dataset, own.dataset_config),
+        own=own,
     )
