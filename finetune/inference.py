@@ -19,16 +19,22 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @torch.inference_mode()
 def predict(
-    classifier: PreTrainedModel, data: DeviceSplit, precision: Precision = "fp32", compiled: bool = False
+    classifier: PreTrainedModel,
+    data: DeviceSplit,
+    precision: Precision = "fp32",
+    compiled: bool = False,
+    batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The logits of all rows, in the split's order, and their labels.
+
+    They are computed ``batch_size`` rows at a time, by default :data:`EVALUATION_BATCH_SIZE`.
 
     Returns:
         float32 [rows, outputs], and int64 or float32 [rows] or None, on the CPU.
     """
     classifier.eval()
     rows, logits, labels = [], [], []
-    for batch in data.evaluation_batches(EVALUATION_BATCH_SIZE):
+    for batch in data.evaluation_batches(batch_size or EVALUATION_BATCH_SIZE):
         rows.append(batch.rows)
         logits.append(logits_of(classifier, batch, precision, compiled))
         labels.append(batch.labels)

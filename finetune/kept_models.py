@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.folders import atomic_path, file_lock
 from common.hub import quiet_transformers
+from finetune.heads import write_pruned_heads
 from finetune.model_record import ModelRecord, write_record
 from finetune.selection import best_cells, may_be_best, median_cell
 from finetune.trial import Cell
@@ -65,7 +66,7 @@ class KeptModels:
         Args:
             cell: what was run.
             scores: of the finished cells, this one included.
-            classifier: saved in float32 as safetensors.
+            classifier: saved in float32 as safetensors, with the record of its pruned heads if it lacks any.
             tokenizer: saved beside it.
             record: how it was made; saved beside it.
         """
@@ -73,6 +74,7 @@ class KeptModels:
             return
         with quiet_transformers(), atomic_path(kept_folder(self._output_dir, cell)) as temporary:
             classifier.save_pretrained(temporary)
+            write_pruned_heads(temporary, classifier)
             tokenizer.save_pretrained(temporary)
             write_record(temporary, record)
 

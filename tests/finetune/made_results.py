@@ -12,7 +12,12 @@ PROTOCOL = {
     "max_seq_length": 128,
     "weight_decay": 0.1,
     "warmup_proportion": 0.06,
-    "precision": "fp32",
+    "warmup_steps": None,
+    "lr_schedule": "linear",
+    "max_gradient_norm": 1.0,
+    "gradient_accumulation_steps": 1,
+    "max_steps": None,
+    "eval_steps": None,
     "score_epoch": "last",
 }
 # Three seeds; learning rate 2e-5 has the highest single score, 3e-5 the highest median.
@@ -39,6 +44,8 @@ def trial(task_name: str, *scores: float, score_epoch: int = -1, mismatched: flo
             "epoch": epoch,
             "train_loss": 0.9 / epoch,
             "eval_loss": 1.0 / epoch,
+            "seconds": 4.0,
+            "eval_seconds": 0.5,
             "metrics": {
                 split: {
                     metric: (mismatched if place and mismatched is not None else score) - 0.01 * index
@@ -54,9 +61,12 @@ def trial(task_name: str, *scores: float, score_epoch: int = -1, mismatched: flo
         "score": scores[score_epoch_index],
         "score_epoch_index": score_epoch_index,
         "epochs": epochs,
+        "evaluations": [],
         "seconds": 12.5,
         "rows_per_second": 800.0,
         "device": "cpu",
+        "optimizer_bytes": 3 * 2**20,
+        "peak_memory_bytes": None,
         "worker": "worker 0",
         "attempt": 1,
         "versions": {"torch": "2.11.0", "transformers": "5.3.0"},
@@ -89,6 +99,7 @@ def results_of(
         "model_sha256": "abc123" * 8,
         "mnli_init": False,
         "protocol": PROTOCOL,
+        "precisions": ["fp32"],
         "rows": used,
         "limited_rows": {name: {} for name in cells},
         "tokens_per_row": dict.fromkeys(cells, 31.4),

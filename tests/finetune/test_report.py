@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from common.page import MarkdownPage, Page
-from finetune.plots import curves_panels, grid_panels, rate_text, scores_panels
+from finetune.curves import chosen_panels, other_panels
+from finetune.plots import grid_panels, rate_text, scores_panels
 from finetune.report import add_content, write_report
 from finetune.results import Results
 from finetune.score_tables import latex_row, score_tables
@@ -197,6 +199,7 @@ def test_the_majority_of_wnli_is_told_where_wnli_is():
 def test_times_are_sums_of_the_trials_own():
     cells = {"rte": grid("rte"), "cola": grid("cola", rates=(1e-5,))}
     rte, cola, total = table_with(markdown_of(results_of(cells)), "seconds a trial")
+    assert (rte["seconds an epoch"], rte["seconds an evaluation"]) == ("4.0", "0.5")
     assert (rte["trials"], rte["time (minutes)"], rte["share"], rte["seconds a trial"]) == (
         "9",
         "1.88",
@@ -211,10 +214,12 @@ def test_how_it_was_run_is_told():
     cells = grid("rte")
     trials = {cell: table_trial(cell) for cell in cells}
     trials[cells[0]].update(device="NVIDIA H200", versions={"torch": "2.12.0"}, finished_at="2026-02-01T09:00:00+00:00")
-    protocol = {**PROTOCOL, "precision": "bf16", "score_epoch": "best"}
+    protocol = {**PROTOCOL, "score_epoch": "best", "lr_schedule": "cosine", "warmup_steps": 100, "eval_steps": 50}
     markdown = markdown_of(results_of({"rte": cells}, trials, protocol=protocol))
     for text in (
-        "- **Precision:** bf16",
+        "- **Optimizer and precision:** AdamW, fp32",
+        "- **Training:** weight decay 0.1, learning rate rising over the first 100 steps, then falling along a cosine"
+        " to 0, gradients clipped to a norm of 1, evaluated every 50 steps too",
         "NVIDIA H200 (1 trial), cpu (8 trials)",
         "torch 2.12.0 and 2.11.0, transformers 5.3.0",
         "first trial 2026-02-01T09:00:00+00:00, last trial 2026-03-01T10:00:00+00:00",
@@ -231,7 +236,7 @@ def test_all_is_told_from_results_alone_even_of_tasks_that_the_package_does_not_
     markdown = markdown_of(results)
     assert table_with(markdown, "Reviews (accuracy)")[0]["Reviews (accuracy)"] == "60.0 ± 6.4"
     assert "GLUE" not in markdown.replace(results["benchmark"], "")
-    assert all(list(panels(results)) == ["Reviews"] for panels in (scores_panels, grid_panels, curves_panels))
+    assert all(list(panels(results)) == ["Reviews"] for panels in (scores_panels, grid_panels, chosen_panels))
 
 
 def test_a_latex_row_has_the_papers_columns_and_says_what_it_is():
@@ -316,7 +321,9 @@ def test_the_page_parses_and_refers_to_nothing_outside_itself(written: Path):
     elements = Elements(page)
     assert elements.open == []
     references = [value for _, name, value in elements.attributes if name in ("src", "href", "srcset", "action")]
-    assert len(references) == 8, "two tasks' scores, three grids, two curves (WNLI has none), pretraining"
+    assert len(references) == 11, (
+        "two tasks' scores, three grids, two chosen curves (WNLI has none), three of the others, pretraining"
+    )
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in references)
     assert not re.search(r"@import|url\(", elements.styles)
     assert not {tag for tag, _, _ in elements.attributes} & {"script", "link", "iframe", "object"}
@@ -343,7 +350,7 @@ def test_page_and_markdown_say_the_same(written: Path):
 
 def test_figures_lie_beside_the_report(written: Path):
     names = re.findall(r"!\[.*\]\((.*)\)", (written / "report.md").read_text())
-    assert names == ["scores.png", "grid.png", "curves.png", "pretraining.png"]
+    assert names == ["scores.png", "grid.png", "curves.png", "other-curves.png", "pretraining.png"]
     assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
@@ -386,7 +393,7 @@ def test_a_configuration_without_all_its_seeds_has_no_median_in_the_heat_map():
 
 
 def test_learning_curves_are_those_of_the_chosen_configurations_seeds():
-    (figure,) = curves_panels(results_of({"rte": grid("rte")})).values()
+    (figure,) = chosen_panels(results_of({"rte": grid("rte")})).values()
     losses, scores = figure.axes
     thin = [list(line.get_ydata()) for line in scores.lines if line.get_linewidth() < 1]
     assert thin == [pytest.approx([100 * (score - 0.05), 100 * score]) for score in SCORES[3e-5]]
@@ -397,6 +404,133 @@ def test_learning_curves_are_those_of_the_chosen_configurations_seeds():
         "validation loss",
     }
     assert losses.get_ylabel() == "loss (nats)"
+
+
+def test_every_configuration_that_was_not_chosen_has_its_curves_random_weights_included():
+    results = with_baseline("rte")
+    panels = other_panels(results)
+    assert list(panels) == ["RTE", "RTE from random weights"]
+    titles = {
+        name: [axes.get_title("left") for axes in panel.axes if axes.get_title("left")]
+        for name, panel in panels.items()
+    }
+    assert titles == {
+        "RTE": ["1e-5 · 32 · 2", "2e-5 · 32 · 2"],
+        "RTE from random weights": ["1e-5 · 32 · 2", "2e-5 · 32 · 2", "3e-5 · 32 · 2"],
+    }
+    scores = panels["RTE"].axes[1]
+    assert [list(line.get_ydata()) for line in scores.lines] == [
+        pytest.approx([100 * (score - 0.05), 100 * score]) for score in SCORES[1e-5]
+    ]
+
+
+def test_a_task_without_a_chosen_configuration_has_all_its_curves():
+    cells = grid("rte")
+    results = results_of({"rte": cells}, {cell: table_trial(cell) for cell in cells[1:]})
+    assert not chosen_panels(results)
+    (panel,) = other_panels(results).values()
+    assert len(panel.axes) == 2 * 3
+
+
+def test_evaluations_between_epochs_are_points_of_the_curves():
+    cells = grid("rte", rates=(1e-5,))
+    trials = {cell: table_trial(cell) for cell in cells}
+    metrics = {"dev": {"accuracy": 0.31}}
+    for result in trials.values():
+        result["evaluations"] = [
+            {"step": 5, "epoch": 0.5, "train_loss": 1.2, "eval_loss": 1.4, "metrics": metrics},
+            {"step": 15, "epoch": 1.5, "train_loss": 0.6, "eval_loss": 0.7, "metrics": metrics},
+        ]
+    ((losses, scores),) = [figure.axes for figure in chosen_panels(results_of({"rte": cells}, trials)).values()]
+    seed = scores.lines[0]
+    assert list(seed.get_xdata()) == [0.5, 1, 1.5, 2]
+    assert list(seed.get_ydata())[::2] == pytest.approx([31, 31])
+    points = [line for line in losses.lines if line.get_linestyle() == "None"]
+    assert [list(line.get_ydata()) for line in points] == [[1.2, 0.6]] * 3
+    lines = [list(line.get_xdata()) for line in losses.lines if line.get_linestyle() != "None"]
+    assert lines == [[1, 2]] * 3 + [[0.5, 1, 1.5, 2]] * 3 + [[1, 2], [0.5, 1, 1.5, 2]]
+
+
+def overfitted(cell: Cell, eval_losses: tuple[float, ...]) -> dict[str, Any]:
+    result = trial(cell.task_name, *([0.5] * (len(eval_losses) - 1)), table_trial(cell)["score"])
+    for epoch, loss in zip(result["epochs"], eval_losses, strict=True):
+        epoch["eval_loss"] = loss
+    return result
+
+
+def test_overfitting_is_named_for_each_configuration():
+    cells = grid("rte", rates=(2e-5, 3e-5))
+    eval_losses = {1: (0.9, 0.5, 0.7, 0.8), 2: (0.5, 0.6, 0.7, 0.9), 3: (0.9, 0.8, 0.7, 0.6)}
+    trials = {
+        cell: overfitted(cell, eval_losses[cell.seed] if cell.learning_rate == 3e-5 else (4.0, 3.0, 2.0, 1.0))
+        for cell in cells
+    }
+    markdown = markdown_of(results_of({"rte": cells}, trials))
+    assert "RTE (3e-5 · 32 · 2): 2 of 3 seeds from epoch 2 to 3 on." in markdown
+    (row,) = table_with(markdown, "seeds that overfit")
+    assert (row["learning rate"], row["seeds that overfit"], row["from epoch"]) == ("3e-5 *", "2 of 3", "2 to 3")
+    assert row["validation loss"] == "0.500 to 0.850"
+    assert row["training loss"] == f"{(0.9 + 0.45) / 2:.3f} to {0.9 / 4:.3f}"
+
+
+def test_that_nothing_overfits_is_told_too():
+    markdown = markdown_of(results_of({"rte": grid("rte")}))
+    assert "RTE (3e-5 · 32 · 2): none of 3." in markdown
+    assert not any("seeds that overfit" in table[0] for table in tables_of(markdown))
+
+
+def test_replicates_tell_best_mean_and_deviation_of_every_metric():
+    rows = table_with(markdown_of(results_of({"mrpc": grid("mrpc")})), "best", "mean", "metric")
+    assert [(row["metric"], row["best"], row["mean"], row["deviation"], row["median"]) for row in rows] == [
+        ("F1 (selects)", "70.0", "62.7", "6.4", "60.0"),
+        ("accuracy", "69.0", "61.7", "6.4", "59.0"),
+    ]
+
+
+def with_variants() -> Results:
+    """RTE in three precisions, CoLA in fp32 alone."""
+    cells = {"rte": [], "cola": grid("cola", rates=(1e-5,))}
+    trials = {cell: table_trial(cell) for cell in cells["cola"]}
+    for precision, speed in (("fp32", 400), ("bf16", 1000), ("fp16", 100)):
+        for cell in grid("rte", rates=(1e-5, 3e-5)):
+            variant = replace(cell, precision=precision)
+            cells["rte"].append(variant)
+            score = table_trial(cell)["score"] - 0.1 * (precision == "bf16" and cell.learning_rate == 3e-5)
+            trials[variant] = {**trial("rte", score, score), "rows_per_second": speed}
+    return results_of(cells, trials)
+
+
+def test_variants_are_compared_by_score_time_and_memory():
+    rows = table_with(markdown_of(with_variants()), "speed")
+    assert [(row["task"], row["variant"], row["speed"]) for row in rows] == [
+        ("RTE", "AdamW, fp32", "1.00 x"),
+        ("RTE", "AdamW, bf16", "2.50 x"),
+        ("RTE", "AdamW, fp16", "0.25 x"),
+    ]
+    assert [(row["configuration"], row["best"], row["mean"]) for row in rows[:2]] == [
+        ("3e-5 · 32 · 2", "70.0", "62.7"),
+        ("1e-5 · 32 · 2", "54.0", "52.0"),
+    ]
+    assert {row["optimizer (MiB)"] for row in rows} == {"3.0"}
+    assert {row["peak (MiB)"] for row in rows} == {"-"}
+
+
+def test_with_one_variant_there_is_nothing_to_compare():
+    assert "## Variants" not in markdown_of(results_of({"rte": grid("rte")}))
+
+
+def test_every_variant_has_figures_of_its_own():
+    results = with_variants()
+    titles = [*(f"RTE, {variant}" for variant in results["variants"]), "CoLA, AdamW, fp32"]
+    assert list(scores_panels(results)) == list(chosen_panels(results)) == titles
+    assert list(grid_panels(results)) == list(other_panels(results)) == titles[:3]
+    bf16 = chosen_panels(results)["RTE, AdamW, bf16"].axes[0].get_title("left")
+    assert bf16 == "RTE, AdamW, bf16\n1e-5 · 32 · 2", "its own best configuration"
+
+
+def test_a_page_says_whose_scores_stand_first():
+    whose = "best configuration (AdamW, fp32; under Variants also AdamW, bf16; AdamW, fp16)"
+    assert whose in markdown_of(with_variants())
 
 
 @pytest.mark.parametrize(
@@ -416,7 +550,7 @@ def paper_cells() -> Iterator[Cell]:
 
 
 @pytest.mark.slow
-def test_the_papers_whole_grid_is_a_page_below_five_megabytes(tmp_path: Path):
+def test_the_papers_whole_grid_is_a_page_below_ten_megabytes(tmp_path: Path):
     cells: dict[str, list[Cell]] = {}
     for cell in paper_cells():
         cells.setdefault(cell.task_name, []).append(cell)
@@ -426,4 +560,4 @@ def test_the_papers_whole_grid_is_a_page_below_five_megabytes(tmp_path: Path):
     }
     assert len(trials) == 780
     write_report(tmp_path, results_of(cells, trials))
-    assert (tmp_path / "report.html").stat().st_size < 5e6
+    assert (tmp_path / "report.html").stat().st_size < 10e6

@@ -310,10 +310,6 @@ def break_results(grid: Path) -> None:
     (grid / "results.json").unlink()
 
 
-def make_results_old(grid: Path) -> None:
-    (grid / "results.json").write_text('{"tasks": {}}')
-
-
 def put_in_another_tasks_model(grid: Path) -> None:
     shutil.copytree(kept_folder(grid, cell("mnli")), kept_folder(grid, cell("rte")), dirs_exist_ok=True)
 
@@ -342,7 +338,6 @@ def cut_the_weights(grid: Path) -> None:
     ("damage", "message"),
     [
         (break_results, r"results.json does not exist: .*run the grid first"),
-        (make_results_old, "was written by an earlier version: python -m finetune report"),
         (put_in_another_tasks_model, "has 3 outputs: it is not RTE's"),
         (take_the_head, r"lacks weights \(such as classifier.weight\)"),
         (put_in_nan, "does not predict finite numbers"),
