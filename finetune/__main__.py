@@ -15,6 +15,8 @@ from finetune.prune import prune as prune_model
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
+from finetune.train import train as run_train
+from finetune.train_flags import read_flags
 
 
 def report(argv: list[str]) -> None:
@@ -109,8 +111,14 @@ def predict(argv: list[str]) -> None:
         predict_file(predictor, *files, arguments.text_column, arguments.pair_column, arguments.batch_size)
 
 
+def train(argv: list[str]) -> None:
+    """Fine-tune on a task or on your own data, once or with several seeds, with run_glue's flags."""
+    run_train(read_flags(argv))
+
+
 if __name__ == "__main__":
     commands = {
+        "train": train,
         "predict": predict,
         "prune": prune,
         "report": report,
