@@ -17,6 +17,8 @@ from finetune.quantize import quantize_model
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
+from finetune.train import train as run_train
+from finetune.train_flags import read_flags
 
 
 def report(argv: list[str]) -> None:
@@ -144,8 +146,14 @@ def quantize(argv: list[str]) -> None:
     quantize_model(arguments.model, Path(arguments.output_dir), glue_dir, arguments.task_name, not arguments.no_compile)
 
 
+def train(argv: list[str]) -> None:
+    """Fine-tune on a task or on your own data, once or with several seeds, with run_glue's flags."""
+    run_train(read_flags(argv))
+
+
 if __name__ == "__main__":
     commands = {
+        "train": train,
         "predict": predict,
         "prune": prune,
         "publish": publish,
