@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,11 +50,10 @@ def test_the_models_of_the_best_configuration_score_what_the_table_says(finished
 
 
 def test_a_finished_grid_runs_nothing_again_with_any_number_of_workers(finished_grid: list[str]):
-    before = outcome(output_of(finished_grid))
-    started = time.monotonic()
+    results = output_of(finished_grid) / "results.json"
+    before = json.loads(results.read_text())
     main([*finished_grid, "--num_workers", "1", "--tasks", "stsb"])
-    assert outcome(output_of(finished_grid)) == before
-    assert time.monotonic() - started < 5, "no worker should have been started"
+    assert json.loads(results.read_text()) == before, "who ran each trial, and when, too"
 
 
 def test_the_report_command_renders_the_same_results(finished_grid: list[str], tmp_path: Path):
