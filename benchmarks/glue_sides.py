@@ -26,11 +26,12 @@ from transformers import (
 
 from finetune.batches import DeviceSplit
 from finetune.examples import read_task
+from finetune.inference import EVALUATION_BATCH_SIZE, Precision
 from finetune.metrics import compute
 from finetune.model import Encoder, Initialization, load_tokenizer
 from finetune.tasks import TASKS
 from finetune.tokens import TokenizedSplit, load_tokens, tokenize_split
-from finetune.trial import EVALUATION_BATCH_SIZE, MAX_GRADIENT_NORM, Cell, Precision, Protocol, run_trial
+from finetune.trial import MAX_GRADIENT_NORM, Cell, Protocol, run_trial
 
 MAX_SEQ_LENGTH = 128
 WEIGHT_DECAY = 0.1
@@ -114,7 +115,7 @@ class Ours:
     def run(self, work: FineTuning, seed: int, rows: Rows, encoder: Encoder, device: torch.device) -> Outcome:
         """One trial; the only place that knows its interface."""
         settings = asdict(work)
-        protocol = Protocol(MAX_SEQ_LENGTH, WEIGHT_DECAY, WARMUP_PROPORTION, settings.pop("precision"))
+        protocol = Protocol(MAX_SEQ_LENGTH, WEIGHT_DECAY, WARMUP_PROPORTION)
         data = {name: DeviceSplit(split, device) for name, split in rows.items()}
         result, _ = run_trial(TASKS[work.task_name], Cell(**settings, seed=seed), protocol, encoder, data, device)
         return Outcome(result["score"], result["rows_per_second"], result["seconds"])

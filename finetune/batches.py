@@ -24,6 +24,19 @@ class Batch:
     labels: torch.Tensor | None
     """int64 class indices or float32 scores, [batch]; None for a test split."""
 
+    def split(self, num_parts: int) -> "list[Batch]":
+        """So many parts of it, or as many as it has rows, one after the other."""
+        size = math.ceil(len(self.rows) / num_parts)
+        places = [slice(start, start + size) for start in range(0, len(self.rows), size)]
+        return [
+            Batch(
+                self.rows[place],
+                {name: tensor[place] for name, tensor in self.inputs.items()},
+                None if self.labels is None else self.labels[place],
+            )
+            for place in places
+        ]
+
 
 class DeviceSplit:
     """A split's tokens on a device: copied there once, so that a batch costs no transfer but its row numbers.

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from common.errors import UserError
+from finetune.own_task import OWN_FORMATS
 from finetune.tasks import HUB_DATASET, Task
 
 _ROWS_AT_ONCE: Final = 1000
@@ -86,7 +87,9 @@ def read_split(task: Task, split: str, glue_dir: Path | None) -> Examples:
     require_files([(task, split)], glue_dir)
     columns, path = task.sentence_columns, split_path(task, split, glue_dir)
     if path is not None:
-        table = _file_table(task, path, is_test=task.is_test(split))
+        # In a test file every row counts, because predictions are matched by place.
+        skip_broken = task.skip_broken_rows and not task.is_test(split)
+        table = file_table(path, task.columns_without_header, skip_broken)
     elif task.own:
         table = _dataset_table(task, task.own.dataset, task.own.dataset_config, _own_place(task, split))
     else:
@@ -94,6 +97,17 @@ def read_split(task: Task, split: str, glue_dir: Path | None) -> Examples:
         columns = task.hub_sentence_columns or columns
     label_column = task.label_column if path or task.own else "label"
     return _examples(task, table, columns, None if task.is_test(split) else label_column)
+
+
+def read_texts(task: Task, path: Path) -> Examples:
+    """The texts of a user's own file in the task's columns; labels, if it has any, are not looked at.
+
+    Raises:
+        UserError: the file, a column or a text is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a {', '.join(OWN_FORMATS)} file")
+    return _examples(task, file_table(path), task.sentence_columns, None)
 
 
 def require_files(wanted: Iterable[tuple[Task, str]], glue_dir: Path | None) -> None:
@@ -138,7 +152,7 @@ def _hub_split(split: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Rows with named columns, wherever they are; they can be read once."""
 
     name: str
@@ -150,14 +164,22 @@ class _Table:
     """Column names -> each row's number, from 1, and its values in these columns; None for a missing one."""
 
 
-def _file_table(task: Task, path: Path, is_test: bool) -> _Table:
-    # In a test file every row counts, because predictions are matched by place.
-    skip_broken = task.skip_broken_rows and not is_test
+def file_table(path: Path, columns_without_header: tuple[str, ...] | None = None, skip_broken: bool = False) -> Table:
+    """The rows of a ``.csv``, ``.tsv`` (no quoting) or ``.jsonl`` file.
+
+    Args:
+        path: a file in UTF-8; what ends in neither ``.csv`` nor ``.jsonl`` is read as TSV.
+        columns_without_header: the columns of a TSV file whose first line doesn't name the last of these.
+        skip_broken: leave out lines with fewer or more columns than there are.
+
+    Raises:
+        UserError: the file can't be read, or, later, when its rows are, is not in its format.
+    """
     if path.suffix == ".jsonl":
         return _json_table(path)
     if path.suffix == ".csv":
         return _text_table(path, _csv_rows(path), None, skip_broken)
-    return _text_table(path, _tsv_rows(path), task.columns_without_header, skip_broken)
+    return _text_table(path, _tsv_rows(path), columns_without_header, skip_broken)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -195,7 +217,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _text_table(
     path: Path, rows: Iterator[tuple[int, list[str]]], columns_without_header: tuple[str, ...] | None, skip_broken: bool
-) -> _Table:
+) -> Table:
     header_number, header = next(rows, (1, []))
     columns = tuple(header)
     if columns_without_header and columns_without_header[-1] not in header:  # else it has a header, as a test file
@@ -209,10 +231,10 @@ def _text_table(
             elif not skip_broken:
                 raise UserError(f"{path}, line {number} has {len(cells)} columns instead of {len(columns)}")
 
-    return _Table(str(path), "line", columns, read)
+    return Table(str(path), "line", columns, read)
 
 
-def _json_table(path: Path) -> _Table:
+def _json_table(path: Path) -> Table:
     records = ((number, _json_record(path, number, line)) for number, line in _lines(path) if line.strip())
     first = next(records, None)
 
@@ -220,7 +242,7 @@ def _json_table(path: Path) -> _Table:
         for number, record in itertools.chain([first] if first else [], records):
             yield number, [record.get(name) for name in wanted]
 
-    return _Table(str(path), "line", tuple(first[1]) if first else (), read)
+    return Table(str(path), "line", tuple(first[1]) if first else (), read)
 
 
 def _json_record(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -234,7 +256,7 @@ def _json_record(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
-def _dataset_table(task: Task, dataset: str, config: str | None, split: str) -> _Table:
+def _dataset_table(task: Task, dataset: str, config: str | None, split: str) -> Table:
     import datasets  # slow to import, and only needed where rows come from a data set
 
     name = f"{dataset} ({config})" if config else dataset
@@ -252,7 +274,7 @@ def _dataset_table(task: Task, dataset: str, config: str | None, split: str) -> 
             columns = [map(decode, batch[column]) for decode, column in zip(decoders, wanted, strict=True)]
             yield from zip(numbers, zip(*columns, strict=True), strict=False)
 
-    return _Table(f"{name}, split {split}", "row", tuple(rows.column_names), read)
+    return Table(f"{name}, split {split}", "row", tuple(rows.column_names), read)
 
 
 def _decoder(feature: Any, task: Task) -> Callable[[Any], Any]:
@@ -263,7 +285,7 @@ def _decoder(feature: Any, task: Task) -> Callable[[Any], Any]:
     return lambda value: names[value] if value is not None and value >= 0 else value
 
 
-def _examples(task: Task, table: _Table, sentence_columns: Sequence[str], label_column: str | None) -> Examples:
+def _examples(task: Task, table: Table, sentence_columns: Sequence[str], label_column: str | None) -> Examples:
     wanted = [*sentence_columns, *([] if label_column is None else [label_column])]
     _check_columns(task, table, wanted, label_column)
     sentences: tuple[list[str], ...] = tuple([] for _ in sentence_columns)
@@ -272,7 +294,7 @@ def _examples(task: Task, table: _Table, sentence_columns: Sequence[str], label_
     for number, values in table.read(wanted):
         where = f"{table.name}, {table.unit} {number}"
         for texts, column, value in zip(sentences, sentence_columns, values, strict=False):
-            texts.append(_text(task, value, f"{where}: column '{column}'"))
+            texts.append(text_of(value, f"{where}: column '{column}'", task.may_lack_text))
         if label_column is not None:
             labels.append(read_label(task, values[-1], where))
     if not sentences[0]:
@@ -282,7 +304,7 @@ def _examples(task: Task, table: _Table, sentence_columns: Sequence[str], label_
     return Examples(sentences, None if label_column is None else labels)
 
 
-def _check_columns(task: Task, table: _Table, wanted: Sequence[str], label_column: str | None) -> None:
+def _check_columns(task: Task, table: Table, wanted: Sequence[str], label_column: str | None) -> None:
     missing = [name for name in wanted if name not in table.columns]
     if missing:
         there = ", ".join(table.columns)
@@ -290,10 +312,15 @@ def _check_columns(task: Task, table: _Table, wanted: Sequence[str], label_colum
         raise UserError(f"{table.name} has no column '{missing[0]}' (it has: {there}), which {task.title} needs{hint}")
 
 
-def _text(task: Task, value: Any, where: str) -> str:
+def text_of(value: Any, where: str, may_lack_text: bool = False) -> str:
+    """A cell as text; ``where`` is the place that an error names.
+
+    Raises:
+        UserError: it holds something else, or nothing where it may not.
+    """
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where} holds {value!r}, which is not text")
-    if task.may_lack_text:
+    if may_lack_text:
         return value or ""
     if not value or value.isspace():
         raise UserError(f"{where} is empty: fill it, or take the row out")

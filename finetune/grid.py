@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,21 +16,24 @@ from common.storage import sqlite_file
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
-from finetune.kept_models import KeptModels, groups_by_start
+from finetune.inference import Precision
+from finetune.kept_models import KeptModels
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
+from finetune.model_record import PRETRAINING_FILE
+from finetune.optimizers import check_memory
 from finetune.placement import Probe, cpu_workers, devices, threads_per_worker, trials_per_gpu
 from finetune.progress import priorities
 from finetune.ranks import Ranks, this_rank
 from finetune.recorded import refuse_missing, render, storage_url
-from finetune.report import PRETRAINING_FILE
+from finetune.selection import by_group
 from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
-from finetune.trial import Cell, Precision, Protocol
+from finetune.trial import Cell, Protocol
 from finetune.workers import Assignment
 
 CACHE_FOLDER: Final = "cache"
 _SPLITS_FILE: Final = "splits.json"
-_MAY_CHANGE: Final = ("num_workers", "trials_per_gpu")
+_MAY_CHANGE: Final = ("num_workers", "trials_per_gpu", "save_steps", "logging_steps")
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -66,7 +69,7 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
 def _run_trials(
     config: GridConfig, cells: dict[str, list[Cell]], protocol: Protocol, model: str, output_dir: Path, ranks: Ranks
 ) -> None:
-    assignments = _assignments(config, cells, protocol, find_model(model), output_dir, ranks)
+    assignments = _assignments(config, cells, protocol, model, output_dir, ranks)
     store = TrialStore(storage_url(config, output_dir))
     Crew(store, assignments, shows_progress=ranks.coordinates).run()
 
@@ -75,15 +78,15 @@ def _prune_models(config: GridConfig, cells: Cells, output_dir: Path) -> None:
     """Remove what a worker that was killed has left of models that are not of the best configuration."""
     store = TrialStore(storage_url(config, output_dir))
     for name, task_cells in cells.items():
-        for start, start_cells in groups_by_start(task_cells).items():
+        for (start, _), cells_of_group in by_group(task_cells).items():
             if start != "random" and config.keep_models:
-                models = KeptModels(output_dir, start_cells)
+                models = KeptModels(output_dir, cells_of_group)
                 with models.locked():
                     models.prune(store.scores(name))
 
 
 def _select(config: GridConfig, tasks: Sequence[str]) -> dict[str, list[Cell]]:
-    cells = config.cells()
+    cells = config.cells(_precisions(config))
     for name in tasks:
         if name not in cells:
             raise UserError(f"--tasks names '{name}', which is not in the grid; the grid has: {' '.join(cells)}")
@@ -95,20 +98,19 @@ def _select(config: GridConfig, tasks: Sequence[str]) -> dict[str, list[Cell]]:
 
 
 def _protocol(config: GridConfig) -> Protocol:
-    precision = _auto_precision() if config.precision == "auto" else config.precision
-    if precision == "fp16" and not torch.cuda.is_available():
+    return Protocol(**{field.name: getattr(config, field.name) for field in fields(Protocol)})
+
+
+def _precisions(config: GridConfig) -> list[Precision]:
+    named = [config.precision] if isinstance(config.precision, str) else config.precision
+    precisions = [auto_precision() if precision == "auto" else precision for precision in named]
+    if "fp16" in precisions and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a GPU, and there is none: use fp32, bf16 or auto")
-    return Protocol(
-        config.max_seq_length,
-        config.weight_decay,
-        config.warmup_proportion,
-        precision,
-        config.score_epoch,
-        config.compile,
-    )
+    return precisions
 
 
-def _auto_precision() -> Precision:
+def auto_precision() -> Precision:
+    """bf16 on a GPU that has it, fp16 on another GPU, fp32 on a CPU."""
     if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -131,12 +133,27 @@ class _Preparation:
         self._model_name = _model_name(self._model_folder, model)
         self._tokenizer = load_tokenizer(self._model_folder)
         check_model(self._model_folder, self._tokenizer, config.max_seq_length)
+        self._check_memory()
         require_files([(config.tasks[name], split) for name in cells for split in config.tasks[name].splits], glue_dir)
         self._data = {name: read_task(config.tasks[name], glue_dir) for name in cells}
-        self._limited_rows = {name: len(self._data[name]["train"]) for name in config.max_train_rows if name in cells}
-        for name in self._limited_rows:
-            self._data[name]["train"] = _first_rows(self._data[name]["train"], config.max_train_rows[name])
+        self._all_rows = {
+            name: {split: len(examples) for split, examples in splits.items()} for name, splits in self._data.items()
+        }
+        for name, splits in self._data.items():
+            for split, examples in splits.items():
+                limits = config.max_train_rows if split == "train" else config.max_eval_rows
+                splits[split] = _first_rows(examples, limits.get(name))
         self._checksums = model_fingerprint(self._model_folder)
+
+    def _check_memory(self) -> None:
+        """Refuse optimizers whose state fits nowhere, before any work."""
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        wanted = self._config.trials_per_gpu if on_gpu else self._config.num_workers
+        num_at_a_time = wanted if isinstance(wanted, int) else 1
+        num_parameters = Encoder(self._model_folder).num_parameters
+        for optimizer in {cell.optimizer for task_cells in self._cells.values() for cell in task_cells}:
+            check_memory(optimizer, num_parameters, device, num_at_a_time)
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:
@@ -146,7 +163,7 @@ class _Preparation:
         if file is None or file.exists():
             fingerprints = {
                 name: self._fingerprint(name) if name in self._cells else self._common_fingerprint
-                for name in self._config.cells()
+                for name in self._config.task_names
             }
             TrialStore(storage_url(self._config, self._output_dir)).check_studies(fingerprints)
         with errors_of_writing(self._output_dir):
@@ -193,11 +210,13 @@ class _Preparation:
     @property
     def _common_fingerprint(self) -> dict[str, Any]:
         """What all trials have in common."""
-        return {**self._checksums, **asdict(self._protocol), "list of seeds": self._config.seeds}
+        precisions = {"precision": _precisions(self._config)}
+        return {**self._checksums, **asdict(self._protocol), **precisions, "list of seeds": self._config.seeds}
 
     def _fingerprint(self, task_name: str) -> dict[str, Any]:
         """What all trials of a task have in common."""
-        configurations = sorted({(cell.initialization, *cell.configuration) for cell in self._cells[task_name]})
+        cells = self._cells[task_name]
+        configurations = sorted({(cell.initialization, cell.optimizer.title, *cell.configuration) for cell in cells})
         return {
             **self._common_fingerprint,
             "task data": data_sha256(self._data[task_name]),
@@ -210,13 +229,18 @@ class _Preparation:
             "model": self._model_name,
             "model_sha256": self._checksums["model weights"],
             "protocol": asdict(self._protocol),
+            "precisions": _precisions(self._config),
             "rows": {split: len(examples) for split, examples in self._data[task_name].items()},
-            "limited_rows": {"train": self._limited_rows[task_name]} if task_name in self._limited_rows else {},
+            "limited_rows": {
+                split: self._all_rows[task_name][split]
+                for split, examples in self._data[task_name].items()
+                if len(examples) < self._all_rows[task_name][split]
+            },
             "num_tokens": num_tokens,
         }
 
 
-def _first_rows(examples: Examples, num_rows: int) -> Examples:
+def _first_rows(examples: Examples, num_rows: int | None) -> Examples:
     sentences = tuple(column[:num_rows] for column in examples.sentences)
     return replace(examples, sentences=sentences, labels=examples.labels[:num_rows])
 
@@ -230,18 +254,20 @@ def _assignments(
     config: GridConfig,
     cells: dict[str, list[Cell]],
     protocol: Protocol,
-    model_folder: Path,
+    model: str,
     output_dir: Path,
     ranks: Ranks,
 ) -> list[Assignment]:
     """One for each worker of this process."""
+    model_folder = find_model(model)
     cache = output_dir / CACHE_FOLDER
     names = read_json(cache / _SPLITS_FILE, "what was prepared for the trials")
     folders = {name: {split: cache / folder for split, folder in names[name].items()} for name in cells}
     tasks = {name: config.tasks[name] for name in cells}
     per_gpu, on_cpu = 1, 1
     if not torch.cuda.is_available():
-        on_cpu = config.num_workers or cpu_workers(Encoder(model_folder).num_parameters, ranks)
+        all_cells = [cell for task_cells in cells.values() for cell in task_cells]
+        on_cpu = config.num_workers or cpu_workers(Encoder(model_folder).num_parameters, all_cells, ranks)
     elif config.trials_per_gpu != "auto":
         per_gpu = config.trials_per_gpu
     else:
@@ -258,8 +284,11 @@ def _assignments(
             storage_url=storage_url(config, output_dir),
             output_dir=output_dir,
             model_folder=model_folder,
+            model_name=_model_name(model_folder, model),
             protocol=protocol,
             keep_models=config.keep_models,
+            save_steps=config.save_steps,
+            logging_steps=config.logging_steps,
             tasks=tasks,
             cells=cells,
             split_folders=folders,
@@ -271,10 +300,11 @@ def _assignments(
 
 
 def _largest_batch(cells: Cells, folders: Mapping[str, Mapping[str, Path]]) -> Cell:
-    """A cell whose batches can take most memory; of equals one of the task with most tokens."""
+    """A cell that can take most memory, by its optimizer and then by its batches; of equals one with most tokens."""
+    trains = {name: load_tokens(splits["train"]) for name, splits in folders.items()}
 
-    def size(cell: Cell) -> tuple[int, int]:
-        train = load_tokens(folders[cell.task_name]["train"])
-        return cell.batch_size * int(train.lengths.max()), train.num_tokens
+    def size(cell: Cell) -> tuple[int, int, int]:
+        train = trains[cell.task_name]
+        return cell.optimizer.state_bytes(1), cell.batch_size * int(train.lengths.max()), train.num_tokens
 
-    return max((max(task_cells, key=lambda cell: cell.batch_size) for task_cells in cells.values()), key=size)
+    return max((cell for task_cells in cells.values() for cell in task_cells), key=size)

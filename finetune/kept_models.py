@@ -1,6 +1,7 @@
 """The models that a grid keeps: those of each task's best configuration, one per seed."""
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.folders import atomic_path, file_lock
 from common.hub import quiet_transformers
+from finetune.heads import write_pruned_heads
+from finetune.model_record import ModelRecord, write_record
 from finetune.selection import best_cells, may_be_best, median_cell
 from finetune.trial import Cell
 
 MODELS_FOLDER: Final = "models"
+
+
+def configuration_slug(cell: Cell) -> str:
+    """A folder's name for all that tells the cell from others of its task, but for the seed."""
+    variant = re.sub(r"[^a-z0-9.]+", "-", cell.variant.lower())
+    return f"{cell.initialization}-{variant}-lr{cell.learning_rate}-batch{cell.batch_size}-epochs{cell.num_epochs}"
 
 
 def kept_folder(output_dir: Path, cell: Cell) -> Path:
@@ -22,16 +31,15 @@ def kept_folder(output_dir: Path, cell: Cell) -> Path:
 
 
 def _configuration_folder(output_dir: Path, cell: Cell) -> Path:
-    name = f"{cell.initialization}-lr{cell.learning_rate}-batch{cell.batch_size}-epochs{cell.num_epochs}"
-    return output_dir / MODELS_FOLDER / cell.task_name / name
+    return output_dir / MODELS_FOLDER / cell.task_name / configuration_slug(cell)
 
 
 class KeptModels:
-    """The models of one task and one start.
+    """The models of one task and one group.
 
     Args:
         output_dir: the grid's.
-        cells: the task's cells of that start.
+        cells: the task's cells of that group.
     """
 
     def __init__(self, output_dir: Path, cells: Sequence[Cell]) -> None:
@@ -51,20 +59,24 @@ class KeptModels:
         scores: Mapping[Cell, float],
         classifier: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        record: ModelRecord,
     ) -> None:
         """Save a trained classifier, unless its configuration can't become the best; whole or not at all.
 
         Args:
             cell: what was run.
             scores: of the finished cells, this one included.
-            classifier: saved in float32 as safetensors.
+            classifier: saved in float32 as safetensors, with the record of its pruned heads if it lacks any.
             tokenizer: saved beside it.
+            record: how it was made; saved beside it.
         """
         if cell.configuration not in may_be_best(self._cells, scores):
             return
         with quiet_transformers(), atomic_path(kept_folder(self._output_dir, cell)) as temporary:
             classifier.save_pretrained(temporary)
+            write_pruned_heads(temporary, classifier)
             tokenizer.save_pretrained(temporary)
+            write_record(temporary, record)
 
     def prune(self, scores: Mapping[Cell, float]) -> None:
         """Remove the models of configurations that can't become the best."""
@@ -79,9 +91,3 @@ class KeptModels:
         if any(cell not in scores for cell in self._cells):
             return None
         return kept_folder(self._output_dir, median_cell(best_cells(self._cells, scores), scores))
-
-
-def groups_by_start(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """One task's cells by what they start from."""
-    starts = dict.fromkeys(cell.initialization for cell in cells)
-    return {start: [cell for cell in cells if cell.initialization == start] for start in starts}

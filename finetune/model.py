@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -17,6 +18,8 @@ from transformers import (
 from common.errors import UserError
 from common.folders import sha256_of_file
 from common.hub import model_folder, quiet_transformers, weight_files
+from finetune.heads import read_pruned_heads, remove_recorded_heads
+from finetune.quantization import is_quantized
 from finetune.tasks import Task
 
 Initialization = Literal["pretrained", "random", "mnli"]
@@ -60,7 +63,7 @@ def check_model(folder: Path, tokenizer: PreTrainedTokenizerBase, max_seq_length
         UserError: configuration or weights are damaged, or do not fit the tokenizer or ``max_seq_length``.
     """
     read_encoder_weights(folder)
-    classifier, _ = _read_classifier(folder)
+    classifier, _ = read_classifier(folder)
     config = classifier.config
     if tokenizer.pad_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no padding token, so this is no BERT-style encoder")
@@ -96,7 +99,10 @@ def _sha256(paths: list[Path]) -> str:
 
 
 class Encoder:
-    """Weights read once, from which any number of classifiers start, each with a freshly drawn head."""
+    """Weights read once, from which any number of classifiers start, each with a freshly drawn head.
+
+    From a pruned folder they start without the heads that it lacks.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,6 +122,7 @@ class Encoder:
         config = AutoConfig.from_pretrained(self.folder, **_head_config(task))
         with device:
             classifier = AutoModelForSequenceClassification.from_config(config)
+        remove_recorded_heads(classifier, self.folder)
         if initialization != "random":
             classifier.load_state_dict(self._weights, strict=False)
         return classifier.float()
@@ -123,7 +130,7 @@ class Encoder:
 
 def _head_config(task: Task) -> dict[str, Any]:
     """What the saved model tells others of its outputs."""
-    names = dict(enumerate(task.labels or ("score",)))
+    names = dict(enumerate(task.output_names))
     kind = "single_label_classification" if task.labels else "regression"
     return {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": kind}
 
@@ -135,7 +142,7 @@ def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
         UserError: the files are damaged, or parts of the encoder itself are missing, so that it would not be
             pretrained.
     """
-    classifier, missing = _read_classifier(folder)
+    classifier, missing = read_classifier(folder)
     prefix = f"{classifier.base_model_prefix}."
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
@@ -145,11 +152,40 @@ def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: weights[key] for key in weights if key.startswith((prefix, "head.")) and key not in missing}
 
 
-def _read_classifier(folder: Path) -> tuple[PreTrainedModel, set[str]]:
-    """A classifier with all weights of the folder, and the names of those that are missing there and were drawn."""
+def read_classifier(folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    """A classifier with all weights of the folder, and the names of those that are missing there and were drawn.
+
+    Raises:
+        UserError: configuration or weights are damaged, do not fit each other, or are quantised.
+    """
+    refuse_quantized(folder)
     try:
         with quiet_transformers():
-            classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+            return _read_pruned(folder) if read_pruned_heads(folder) else _read_whole(folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"the model in {folder} does not load: {str(error).splitlines()[0]}") from None
+
+
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a model whose weights are integers, for a step that trains or changes them.
+
+    Raises:
+        UserError: it is one.
+    """
+    if is_quantized(folder):
+        raise UserError(f"{folder} is quantised, and integers are not trained: take the model that it was made from")
+
+
+def _read_whole(folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     return classifier, set(info["missing_keys"])
+
+
+def _read_pruned(folder: Path) -> tuple[PreTrainedModel, set[str]]:
+    """transformers has no smaller form: the full one is made, cut, and filled."""
+    config = AutoConfig.from_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    remove_recorded_heads(classifier, folder)
+    weights = {name: weight for path in weight_files(folder) for name, weight in load_file(path).items()}
+    missing = classifier.load_state_dict(weights, strict=False).missing_keys
+    return classifier.eval(), set(missing)

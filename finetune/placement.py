@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -27,7 +27,7 @@ _WORTH_IT: Final = 1.05  # the throughput that more trials must bring, over what
 _USABLE_MEMORY: Final = 0.9
 _PROBE_SECONDS: Final = 6.0
 _PROCESS_BYTES: Final = 700e6  # Python with torch and transformers
-_BYTES_PER_PARAMETER: Final = 20  # weights, gradients, two moments, and the weights to start from
+_BYTES_PER_PARAMETER: Final = 12  # weights, gradients, and the weights to start from
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Probe:
     def key(self) -> str:
         """What a measurement was of."""
         name = torch.cuda.get_device_name(self.device) if self.device != "cpu" else "cpu"
-        return f"{name}, {self.task.task_name}, batch {self.cell.batch_size}, {self.protocol.precision}"
+        return f"{name}, {self.task.task_name}, batch {self.cell.batch_size}, {self.cell.variant}"
 
 
 def choose_number(measure: Callable[[int], Measurement | None]) -> int:
@@ -146,12 +146,13 @@ def _memory_share(device: torch.device) -> float:
     return 1 - free / total
 
 
-def cpu_workers(num_parameters: int, ranks: Ranks) -> int:
-    """One per core, as far as the memory that is free goes; at least one."""
+def cpu_workers(num_parameters: int, cells: Sequence[Cell], ranks: Ranks) -> int:
+    """One per core, as far as there are trials and the memory that is free goes; at least one."""
     cores = len(os.sched_getaffinity(0)) // ranks.local_world_size
-    needed = _PROCESS_BYTES + _BYTES_PER_PARAMETER * num_parameters
+    state_bytes = max(cell.optimizer.state_bytes(num_parameters) for cell in cells)
+    needed = _PROCESS_BYTES + _BYTES_PER_PARAMETER * num_parameters + state_bytes
     fitting = psutil.virtual_memory().available / ranks.local_world_size / needed
-    return max(1, min(cores, int(fitting)))
+    return max(1, min(cores, len(cells), int(fitting)))
 
 
 def threads_per_worker(num_workers: int, output_dir: Path, ranks: Ranks) -> int:

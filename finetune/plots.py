@@ -1,7 +1,7 @@
-"""The report's figures: every seed's score, the grid's medians, learning curves, and how pretraining went.
+"""The report's figures: every seed's score, the grid's medians, and how pretraining went.
 
 All of them are drawn from the content of ``results.json`` alone. A task's panel is a small figure of its own, so that a
-page can lay panels out as its width allows.
+page can lay panels out as its width allows; each variant has its own.
 """
 
 import statistics
@@ -23,8 +23,8 @@ from finetune.results import Results
 START_NAMES: Final = {"pretrained": "pretrained", "mnli": "MNLI model", "random": "random weights"}
 _COLOURS: Final = {"pretrained": "#1f6fb4", "mnli": "#009e73", "random": "#d9772b"}
 _MARKERS: Final = {"pretrained": "o", "mnli": "^", "random": "s"}
-_GREY: Final = "#777777"
-_SMALL: Final = 7.5  # points
+GREY: Final = "#777777"
+SMALL: Final = 7.5  # points
 _LINE_HEIGHT: Final = 0.17  # inches of a configuration's line
 _MANY_COLUMNS: Final = 8
 _TITLE_WIDTH: Final = 42  # characters
@@ -55,31 +55,73 @@ def rate_text(learning_rate: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+class Group(NamedTuple):
+    """The trials that a panel shows: one task's, from one start, in one variant."""
+
+    task_name: str
+    start: str
+    variant: str
+    title: str
+
+
+def groups(results: Results, starts: Sequence[str] = ("pretrained", "mnli")) -> list[Group]:
+    """What has trials, task by task."""
+    present = {(trial["task_name"], trial["initialization"], trial["variant"]) for trial in results["trials"]}
+    from_start = {"pretrained": "", "mnli": " from MNLI", "random": " from random weights"}
+    several = len(results["variants"]) > 1
+    return [
+        Group(name, start, variant, f"{title}{from_start[start]}" + (f", {variant}" if several else ""))
+        for name, title in _titles(results).items()
+        for variant in results["variants"]
+        for start in starts
+        if (name, start, variant) in present
+    ]
+
+
+def by_configuration(results: Results, group: Group) -> dict[Configuration, list[Trial]]:
+    """The group's trials, one per seed, in the grid's order."""
+    trials: dict[Configuration, list[Trial]] = defaultdict(list)
+    for trial in results["trials"]:
+        if (trial["task_name"], trial["initialization"], trial["variant"]) == group[:3]:
+            trials[Configuration.of(trial)].append(trial)
+    return trials
+
+
+def chosen(results: Results, group: Group) -> Configuration | None:
+    """The group's best configuration; None where its task is not complete, or it has no summary of its own."""
+    task = results["tasks"].get(group.task_name)
+    if task is None:
+        return None
+    of_first = {**task["starts"], "random": task.get("random_baseline")}
+    summary = of_first.get(group.start) if group.variant == task["variant"] else task["variants"].get(group.variant)
+    if summary is None or summary["initialization"] != group.start:
+        return None
+    return Configuration.of(summary["best"])
+
+
 def scores_panels(results: Results) -> Panels:
-    """A panel per task, a line per configuration: every seed a point, the median a stroke."""
-    return {title: _scores_panel(title, results, name) for name, title in _titles(results).items()}
+    """A panel per task and variant, a line per configuration: every seed a point, the median a stroke."""
+    panels: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in groups(results, tuple(START_NAMES)):
+        panels[group.task_name, group.variant].append(group)
+    several = len(results["variants"]) > 1
+    titles = _titles(results)
+    return {
+        (title := titles[name] + (f", {variant}" if several else "")): _scores_panel(title, results, of_panel)
+        for (name, variant), of_panel in panels.items()
+    }
 
 
 def grid_panels(results: Results) -> Panels:
     """Median per learning rate x (batch size, epochs), for every task and start with more than one configuration."""
     panels = {}
-    for name, start, title in _tasks_and_starts(results):
-        groups = _by_configuration(results, name, start)
-        if len(groups) > 1:
-            summary = results["tasks"].get(name)
-            best = Configuration.of(summary["starts"][start]["best"]) if summary else None
-            panels[title] = _grid_panel(title, _metric(results, name), len(results["seeds"]), groups, best)
-    return panels
-
-
-def curves_panels(results: Results) -> Panels:
-    """Losses and metric after each epoch, of the best configuration's seeds, for every complete task and start."""
-    panels = {}
-    for name, start, title in _tasks_and_starts(results):
-        if name in results["tasks"]:
-            best = Configuration.of(results["tasks"][name]["starts"][start]["best"])
-            trials = _by_configuration(results, name, start)[best]
-            panels[title] = _curves_panel(f"{title}\n{best}", results["task_facts"][name], trials)
+    for group in groups(results):
+        trials = by_configuration(results, group)
+        if len(trials) > 1:
+            metric = metric_title(results, group.task_name)
+            panels[group.title] = _grid_panel(
+                group.title, metric, len(results["seeds"]), trials, chosen(results, group)
+            )
     return panels
 
 
@@ -90,58 +132,46 @@ def _titles(results: Results) -> dict[str, str]:
     return {name: facts[name]["title"] + (" (synthetic)" if facts[name]["synthetic"] else "") for name in names}
 
 
-def _tasks_and_starts(results: Results) -> list[tuple[str, str, str]]:
-    """Task, start and title of what has trials; random weights are left out."""
-    present = {(trial["task_name"], trial["initialization"]) for trial in results["trials"]}
-    return [
-        (name, start, f"{title} from MNLI" if start == "mnli" else title)
-        for name, title in _titles(results).items()
-        for start in ("pretrained", "mnli")
-        if (name, start) in present
-    ]
-
-
-def _by_configuration(results: Results, task_name: str, start: str) -> dict[Configuration, list[Trial]]:
-    groups: dict[Configuration, list[Trial]] = defaultdict(list)
-    for trial in results["trials"]:
-        if (trial["task_name"], trial["initialization"]) == (task_name, start):
-            groups[Configuration.of(trial)].append(trial)
-    return groups
-
-
-def _panel(height: float) -> Figure:
+def new_panel(height: float) -> Figure:
     """An empty panel, ``height`` inches high."""
     return Figure(figsize=(PANEL_WIDTH, height), layout="constrained")
 
 
-def _title(axes: Axes, text: str) -> None:
+def draw_title(axes: Axes, text: str) -> None:
+    """A panel's title, wrapped to its width."""
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, _TITLE_WIDTH)]
     axes.set_title("\n".join(lines), loc="left", fontsize=9, fontweight="bold")
-    axes.tick_params(labelsize=_SMALL)
+    axes.tick_params(labelsize=SMALL)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def draw_legend(figure: Figure, axes: Axes) -> None:
+    """What the colours of ``axes`` mean, above the panel."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=_SMALL)
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=SMALL)
 
 
-def _scores_panel(title: str, results: Results, task_name: str) -> Figure:
-    groups = {start: _by_configuration(results, task_name, start) for start in START_NAMES}
-    groups = {start: group for start, group in groups.items() if group}
-    configurations = list(dict.fromkeys(configuration for group in groups.values() for configuration in group))
-    line_height = _LINE_HEIGHT * (1 + 0.6 * (len(groups) - 1))
-    figure = _panel(max(2.5, 1.0 + line_height * len(configurations)))
+def metric_title(results: Results, task_name: str) -> str:
+    """The metric that selects a configuration, as tables and axes name it."""
+    return METRIC_TITLES[results["task_facts"][task_name]["metric"]]
+
+
+def _scores_panel(title: str, results: Results, of_panel: Sequence[Group]) -> Figure:
+    """``of_panel``: the groups of one task and variant, which differ in their start."""
+    trials_of = [by_configuration(results, group) for group in of_panel]
+    configurations = list(dict.fromkeys(configuration for trials in trials_of for configuration in trials))
+    line_height = _LINE_HEIGHT * (1 + 0.6 * (len(of_panel) - 1))
+    figure = new_panel(max(2.5, 1.0 + line_height * len(configurations)))
     axes = figure.subplots()
-    for index, (start, group) in enumerate(groups.items()):
-        label = START_NAMES[start]
+    for index, (group, trials) in enumerate(zip(of_panel, trials_of, strict=True)):
+        label = START_NAMES[group.start]
         for line, configuration in enumerate(configurations):
-            scores = [100 * trial["score"] for trial in group.get(configuration, ())]
+            scores = [100 * trial["score"] for trial in trials.get(configuration, ())]
             if scores:
-                place = line + 0.8 / len(groups) * (index - (len(groups) - 1) / 2)
-                _score_group(axes, place, 0.3 / len(groups), scores, start, label)
+                place = line + 0.8 / len(of_panel) * (index - (len(of_panel) - 1) / 2)
+                _score_group(axes, place, 0.3 / len(of_panel), scores, group.start, label)
                 label = None  # one entry in the legend
-    _title(axes, title)
-    axes.set_xlabel(f"{_metric(results, task_name)} x 100", fontsize=8)
+    draw_title(axes, title)
+    axes.set_xlabel(f"{metric_title(results, of_panel[0].task_name)} x 100", fontsize=8)
     axes.set_ylabel("learning rate · batch · epochs", fontsize=8)
     axes.set_yticks(range(len(configurations)), [str(configuration) for configuration in configurations])
     axes.set_ylim(len(configurations) - 0.4, -0.6)
@@ -157,9 +187,9 @@ def _scores_panel(title: str, results: Results, task_name: str) -> Figure:
         transform=axes.get_yaxis_transform(),
         zorder=0,
     )
-    _mark_best(axes, results["tasks"].get(task_name), configurations)
-    if len(groups) > 1:
-        _legend(figure, axes)
+    _mark_best(axes, chosen(results, of_panel[0]), configurations)
+    if len(of_panel) > 1:
+        draw_legend(figure, axes)
     return figure
 
 
@@ -173,17 +203,13 @@ def _score_group(axes: Axes, place: float, reach: float, scores: Sequence[float]
     axes.vlines(median, place - 1.3 * reach, place + 1.3 * reach, color=_COLOURS[start], linewidth=1.6)
 
 
-def _mark_best(axes: Axes, summary: Mapping[str, Any] | None, configurations: Sequence[Configuration]) -> None:
+def _mark_best(axes: Axes, best: Configuration | None, configurations: Sequence[Configuration]) -> None:
     """A band behind the chosen configuration's line, and its name in bold."""
-    if summary is None or len(configurations) == 1:
+    if best is None or len(configurations) == 1:
         return
-    line = configurations.index(Configuration.of(summary["best"]))
+    line = configurations.index(best)
     axes.axhspan(line - 0.5, line + 0.5, color="#f0f0f0", linewidth=0, zorder=0)
     axes.get_yticklabels()[line].set_fontweight("bold")
-
-
-def _metric(results: Results, task_name: str) -> str:
-    return METRIC_TITLES[results["task_facts"][task_name]["metric"]]
 
 
 def _grid_panel(
@@ -197,7 +223,7 @@ def _grid_panel(
         if len(trials) == num_seeds:
             place = rates.index(configuration.learning_rate), columns.index(configuration[1:])
             medians[place] = 100 * statistics.median(trial["score"] for trial in trials)
-    figure = _panel(1.3 + 0.32 * len(rates))
+    figure = new_panel(1.3 + 0.32 * len(rates))
     axes = figure.subplots()
     axes.set_facecolor("#dddddd")
     axes.imshow(np.ma.masked_invalid(medians), cmap="cividis", aspect="auto")
@@ -205,7 +231,7 @@ def _grid_panel(
     if best:
         place = columns.index(best[1:]) - 0.47, rates.index(best.learning_rate) - 0.45
         axes.add_patch(Rectangle(place, 0.94, 0.9, fill=False, edgecolor="#d62728", linewidth=2))
-    _title(axes, f"{title}\nmedian {metric} x 100")
+    draw_title(axes, f"{title}\nmedian {metric} x 100")
     labels = [f"{batch} · {epochs}" for batch, epochs in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=90 if len(columns) > _MANY_COLUMNS else 0)
     axes.set_yticks(range(len(rates)), [rate_text(rate) for rate in rates])
@@ -227,42 +253,6 @@ def _write_medians(axes: Axes, medians: np.ndarray) -> None:
         axes.text(column, line, text, ha="center", va="center", fontsize=size, color=colour)
 
 
-def _curves_panel(title: str, facts: Mapping[str, Any], trials: Sequence[Trial]) -> Figure:
-    """Loss above, metric below: a thin line for each seed, a thick one for the median over them."""
-    figure = _panel(3.5)
-    losses, scores = figure.subplots(2, 1, sharex=True)
-    split, metric = facts["evaluation_splits"][0], facts["metric"]
-    epochs = [epoch["epoch"] for epoch in trials[0]["epochs"]]
-    series = (
-        (losses, "training loss", _GREY, "s", [[epoch["train_loss"] for epoch in trial["epochs"]] for trial in trials]),
-        (losses, "validation loss", "#d9772b", "o", [[e["eval_loss"] for e in trial["epochs"]] for trial in trials]),
-        (
-            scores,
-            METRIC_TITLES[metric],
-            "#1f6fb4",
-            "o",
-            [[100 * epoch["metrics"][split][metric] for epoch in trial["epochs"]] for trial in trials],
-        ),
-    )
-    for axes, label, colour, marker, lines in series:
-        for line in lines:
-            axes.plot(epochs, line, color=colour, linewidth=0.7, alpha=0.45, marker=marker, markersize=2)
-        medians = [statistics.median(values) for values in zip(*lines, strict=True)]
-        axes.plot(epochs, medians, color=colour, linewidth=2, marker=marker, markersize=4, label=label)
-    _title(losses, title)
-    losses.set_ylabel("loss" if facts["labels"] is None else "loss (nats)", fontsize=8)
-    losses.set_ylim(bottom=0)
-    scores.set_ylabel(f"{METRIC_TITLES[metric]} x 100", fontsize=8)
-    scores.set_xlabel("epoch", fontsize=8)
-    scores.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    scores.set_xlim(epochs[0] - 0.4, epochs[-1] + 0.4)
-    scores.tick_params(labelsize=_SMALL)
-    for axes in (losses, scores):
-        clean_axes(axes)
-    _legend(figure, losses)
-    return figure
-
-
 def pretraining_figure(pretraining: Mapping[str, Any]) -> Figure:
     """Loss against time, the learning rate under it, and where the time budget ends.
 
@@ -278,7 +268,7 @@ def pretraining_figure(pretraining: Mapping[str, Any]) -> Figure:
     def times(events: Sequence[Mapping[str, Any]]) -> list[float]:
         return [event["elapsed_seconds"] / seconds_per_unit for event in events]
 
-    losses.plot(times(train), [event["loss"] for event in train], color=_GREY, linewidth=0.9, label="training")
+    losses.plot(times(train), [event["loss"] for event in train], color=GREY, linewidth=0.9, label="training")
     losses.plot(
         times(validation),
         [event["loss"] for event in validation],
@@ -290,8 +280,8 @@ def pretraining_figure(pretraining: Mapping[str, Any]) -> Figure:
     rates.plot(times(train), [event["learning_rate"] for event in train], color=_COLOURS["random"], linewidth=1.2)
     if budget:
         for axes in (losses, rates):
-            axes.axvline(budget / seconds_per_unit, color=_GREY, linewidth=0.8, linestyle=":")
-        losses.plot([], [], color=_GREY, linewidth=0.8, linestyle=":", label="time budget")
+            axes.axvline(budget / seconds_per_unit, color=GREY, linewidth=0.8, linestyle=":")
+        losses.plot([], [], color=GREY, linewidth=0.8, linestyle=":", label="time budget")
     losses.set_ylabel("masked LM loss (nats)")
     losses.legend(frameon=False)
     rates.set_ylabel("learning rate")

@@ -2,14 +2,14 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from finetune.config import MNLI
-from finetune.kept_models import groups_by_start
-from finetune.selection import by_configuration
+from finetune.selection import by_configuration, by_group
 from finetune.study import Attempt, TrialStore
 from finetune.tasks import Task
 from finetune.trial import Cell
@@ -115,9 +115,9 @@ def _best_median(cells: Sequence[Cell], scores: Mapping[Cell, float]) -> float |
     """Of the starts that the table is about."""
     medians = [
         statistics.median(scores[cell] for cell in group)
-        for start, start_cells in groups_by_start(cells).items()
+        for (start, _), cells_of_group in by_group(cells).items()
         if start != "random"
-        for group in by_configuration(start_cells).values()
+        for group in by_configuration(cells_of_group).values()
         if all(cell in scores for cell in group)
     ]
     return max(medians, default=None)
@@ -129,20 +129,25 @@ def _seconds_left(
     done: Mapping[str, Mapping[Cell, Mapping]],
     running: Mapping[str, Sequence[Attempt]],
 ) -> float | None:
-    """From the cost of what is left and the seconds that each unit of cost has taken, of the same task if it can be."""
-    spent = {name: sum(trial["seconds"] for trial in done[name].values()) for name in cells}
-    paid = {name: sum(trial_cost(cell, num_tokens[name]) for cell in done[name]) for name in cells}
-    if not any(paid.values()):
-        return None
-    overall = sum(spent.values()) / sum(paid.values())
-    left = 0.0
+    """From the cost of what is left and what each unit of cost has taken, of the same task and variant if it can be."""
+    spent: Counter[tuple[str, str]] = Counter()
+    paid: Counter[tuple[str, str]] = Counter()
+    left: Counter[tuple[str, str]] = Counter()
     for name, task_cells in cells.items():
-        seconds_per_cost = spent[name] / paid[name] if paid[name] else overall
-        unfinished = [cell for cell in task_cells if cell not in done[name]]
-        left += seconds_per_cost * sum(trial_cost(cell, num_tokens[name]) for cell in unfinished)
+        for cell in task_cells:
+            kind, cost = (name, cell.variant), trial_cost(cell, num_tokens[name])
+            if cell in done[name]:
+                spent[kind] += done[name][cell]["seconds"]
+                paid[kind] += cost
+            else:
+                left[kind] += cost
+    if not paid:
+        return None
+    overall = spent.total() / paid.total()
+    seconds_left = sum(cost * (spent[kind] / paid[kind] if paid[kind] else overall) for kind, cost in left.items())
     attempts = [attempt for attempts in running.values() for attempt in attempts]
     already = sum((datetime.now() - attempt.started).total_seconds() for attempt in attempts if attempt.started)
-    return max(0.0, left - already) / max(1, len(attempts))
+    return max(0.0, seconds_left - already) / max(1, len(attempts))
 
 
 def duration(seconds: float) -> str:

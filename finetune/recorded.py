@@ -12,7 +12,7 @@ from common.storage import sqlite_file
 from finetune.config import GridConfig
 from finetune.progress import look
 from finetune.report import write_report
-from finetune.results import Results, make_results
+from finetune.results import Results, cell_of, make_results
 from finetune.score_tables import latex_row, score_tables
 from finetune.study import TrialStore
 from finetune.trial import Cell
@@ -54,7 +54,7 @@ def collect(config: GridConfig, output_dir: Path) -> Results:
     return make_results(
         tasks=config.tasks,
         facts={
-            **{name: first[name] for name in ("model", "model_sha256", "protocol")},
+            **{name: first[name] for name in ("model", "model_sha256", "protocol", "precisions")},
             "mnli_init": config.mnli_init,
             "rows": {name: facts[name]["rows"] for name in cells},
             "limited_rows": {name: facts[name]["limited_rows"] for name in cells},
@@ -84,10 +84,10 @@ def _recorded(config: GridConfig, output_dir: Path) -> tuple[TrialStore, dict[st
         raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
     store = TrialStore(storage_url(config, output_dir))
     names = store.task_names()
-    cells = {name: task_cells for name, task_cells in config.cells().items() if name in names}
-    if not cells:
+    if not names:
         raise UserError(f"no trial has been recorded in {output_dir}: run run_glue_grid.py first")
-    return store, cells
+    cells = config.cells(store.facts(names[0])["precisions"])
+    return store, {name: task_cells for name, task_cells in cells.items() if name in names}
 
 
 def recorded_config(output_dir: Path) -> GridConfig:
@@ -122,11 +122,10 @@ def refuse_missing(results: Results, task_names: Sequence[str]) -> None:
     Raises:
         UserError: there are any.
     """
-    missing = [{**entry} for entry in results["missing"] if entry["task_name"] in task_names]
+    missing = [entry for entry in results["missing"] if entry["task_name"] in task_names]
     if not missing:
         return
-    causes = [(entry.pop("cause"), Cell(**entry)) for entry in missing[:_MISSING_SHOWN]]
-    shown = "; ".join(f"{cell}: {cause}" for cause, cell in causes)
+    shown = "; ".join(f"{cell_of(entry)}: {entry['cause']}" for entry in missing[:_MISSING_SHOWN])
     more = f"; and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
     raise UserError(
         f"no median without every trial, and {len(missing)} have no result: {shown}{more}."

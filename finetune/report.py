@@ -3,37 +3,39 @@
 Everything is told from the content of ``results.json``, so that it can be told again at any time.
 """
 
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from common.folders import read_json
-from common.page import Document, Plot, time_unit, write_documents
+from common.page import Document, Plot, write_documents
 from finetune.config import STARTED_FROM_MNLI
-from finetune.metrics import METRIC_TITLES
-from finetune.plots import (
-    START_NAMES,
-    curves_panels,
-    grid_panels,
-    pretraining_figure,
-    rate_text,
-    scores_panels,
-)
+from finetune.curves import chosen_panels, other_panels
+from finetune.model_record import PRETRAINING_FILE
+from finetune.plots import START_NAMES, grid_panels, pretraining_figure, scores_panels
 from finetune.published import DEVELOPMENT_SET, TEST_SET
 from finetune.results import Results
+from finetune.run_tables import (
+    configuration_texts,
+    failures_table,
+    missing_table,
+    number,
+    overfitting_sentence,
+    overfitting_table,
+    times_table,
+)
 from finetune.score_tables import (
     average_note,
     deviations,
     enumeration,
     percent,
+    replicates_table,
     score_groups,
     score_tables,
-    with_deviation,
+    summaries,
+    variants_table,
 )
-
-PRETRAINING_FILE: Final = "pretraining.json"
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -59,9 +61,11 @@ def add_content(document: Document, results: Results, plots: Sequence[Plot] = ()
             document.table(published.header, published.rows)
             document.paragraph(published.source)
     _add_configurations(document, results)
-    _add_metrics(document, results)
+    _add_replicates(document, results)
+    _add_variants(document, results)
     for plot in plots:
         document.plot(plot)
+    _add_overfitting(document, results)
     _add_times(document, results)
     _add_rows(document, results)
     _add_failures(document, results)
@@ -75,7 +79,10 @@ _CAPTIONS: Final = {
     " Each panel has its own colours, dark for its lowest median, bright for its highest. Tasks with one configuration"
     " are left out.",
     "curves": "After each epoch, with the chosen configuration (learning rate · batch · epochs): thin lines are seeds,"
-    " thick ones the median over them. Training loss is the mean over the epoch, with dropout.",
+    " thick ones the median over them. Training loss is the mean over the epoch, with dropout; points between epochs"
+    " are means since the evaluation before.",
+    "other-curves": "Every other run: all configurations that were not chosen, and random weights, a thin line for each"
+    " seed. The scales are the same within a panel.",
 }
 
 
@@ -83,7 +90,8 @@ def _plots(folder: Path, results: Results) -> list[Plot]:
     panels = {
         ("scores", "Every seed"): scores_panels(results),
         ("grid", "The grid"): grid_panels(results),
-        ("curves", "Learning curves"): curves_panels(results),
+        ("curves", "Learning curves"): chosen_panels(results),
+        ("other-curves", "Learning curves of the other configurations"): other_panels(results),
     }
     plots = [Plot(name, heading, figures, _CAPTIONS[name]) for (name, heading), figures in panels.items() if figures]
     if (folder / PRETRAINING_FILE).exists():
@@ -96,10 +104,12 @@ def _plots(folder: Path, results: Results) -> list[Plot]:
 def _add_statement(document: Document, results: Results) -> None:
     done, missing = len(results["trials"]), len(results["missing"])
     titles = [facts["title"] for facts in results["task_facts"].values()]
+    first, *others = results["variants"]
+    of_variant = f" ({first}; under Variants also {'; '.join(others)})" if others else ""
     document.paragraph(
         f"{results['model']} fine-tuned on {enumeration(titles)}: the median score over {len(results['seeds'])} seeds"
-        f" of each task's best configuration on the development split, with every trial behind it ({done:,} of"
-        f" {done + missing:,} are done)."
+        f" of each task's best configuration{of_variant} on the development split, with every trial behind it"
+        f" ({done:,} of {done + missing:,} are done)."
     )
 
 
@@ -165,27 +175,9 @@ def _add_missing(document: Document, results: Results) -> None:
     titles = dict.fromkeys(results["task_facts"][cell["task_name"]]["title"] for cell in results["missing"])
     document.heading("Missing trials")
     document.paragraph(
-        f"Not complete, so without a median: {', '.join(titles)} ({_trials(len(results['missing']))} missing)."
+        f"Not complete, so without a median: {', '.join(titles)} ({number(len(results['missing']), 'trial')} missing)."
     )
-    seeds: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for cell in results["missing"]:
-        seeds[*_cell_texts(results, cell), cell["cause"]].append(str(cell["seed"]))
-    rows = [[*cell, ", ".join(numbers), cause] for (*cell, cause), numbers in seeds.items()]
-    document.table(["task", "start", "learning rate", "batch", "epochs", "seeds", "cause"], rows)
-
-
-def _trials(number: int) -> str:
-    return f"{number:,} trial" + ("s" if number != 1 else "")
-
-
-def _cell_texts(results: Results, cell: Mapping[str, Any]) -> list[str]:
-    """Task, start and hyperparameters."""
-    title = results["task_facts"][cell["task_name"]]["title"]
-    return [title, START_NAMES[cell["initialization"]], *_configuration_texts(cell)]
-
-
-def _configuration_texts(values: Mapping[str, Any]) -> list[str]:
-    return [rate_text(values["learning_rate"]), str(values["batch_size"]), str(values["num_epochs"])]
+    document.table(*missing_table(results))
 
 
 def _add_configurations(document: Document, results: Results) -> None:
@@ -193,71 +185,76 @@ def _add_configurations(document: Document, results: Results) -> None:
         [
             results["task_facts"][name]["title"],
             START_NAMES[summary["initialization"]],
+            summary["variant"],
             *(percent(summary[key]) for key in ("median", "mean", "std", "max", "min")),
             str(summary["median_seed"]),
-            *_configuration_texts(summary["best"]),
+            *configuration_texts(summary["best"]),
             f"{summary['num_configurations']} x {len(results['seeds'])}",
         ]
-        for name, summary in _summaries(results)
+        for name, summary in summaries(results)
     ]
     if rows:
         document.heading("The chosen configurations")
-        header = "task,start,median,mean,deviation,best,worst,median seed,learning rate,batch,epochs,grid x seeds"
+        header = (
+            "task,start,variant,median,mean,deviation,best,worst,median seed,learning rate,batch,epochs,grid x seeds"
+        )
         document.table(header.split(","), rows)
 
 
-def _summaries(results: Results) -> list[tuple[str, Mapping[str, Any]]]:
-    """Each task with each of its starts, random weights last."""
-    return [
-        (name, summary)
-        for name, task in results["tasks"].items()
-        for summary in (*task["starts"].values(), task.get("random_baseline"))
-        if summary is not None
-    ]
-
-
-def _add_metrics(document: Document, results: Results) -> None:
-    """Of the tasks that have more metrics than the one in the tables of scores."""
-    rows = [
-        [
-            results["task_facts"][name]["title"],
-            START_NAMES[summary["initialization"]],
-            split,
-            METRIC_TITLES[metric] + (" (selects)" if metric == summary["metric"] else ""),
-            with_deviation(summary, split, metric),
-        ]
-        for name, summary in _summaries(results)
-        for split, metrics in summary["metrics"].items()
-        for metric in metrics
-        if len(metrics) > 1
-    ]
+def _add_replicates(document: Document, results: Results) -> None:
+    header, rows = replicates_table(results)
     if rows:
-        document.heading("Tasks with several metrics")
-        document.table(["task", "start", "split", "metric", "median ± deviation"], rows)
+        document.heading("Replicates")
+        document.table(header, rows)
+        document.paragraph(
+            f"Every metric over the {len(results['seeds'])} seeds of the chosen configuration, x 100, at the epoch that"
+            " scores: the best seed, the mean, the sample standard deviation and the median. A best seed is chosen on"
+            " the split that it is reported on."
+        )
+
+
+def _add_variants(document: Document, results: Results) -> None:
+    header, rows = variants_table(results)
+    if rows:
+        document.heading("Variants")
+        document.table(header, rows)
+        document.paragraph(
+            "The chosen configuration (learning rate · batch · epochs) of each variant, over its seeds: the metric that"
+            " selects, x 100, and medians of time and memory. An epoch: its training alone. Speed: training rows a"
+            " second relative to the task's first variant. Optimizer: the memory of its state; peak: of the GPU."
+        )
+
+
+def _add_overfitting(document: Document, results: Results) -> None:
+    """What overfits in a sentence on the chosen configurations, and in a table on all."""
+    if all(len(trial["epochs"]) == 1 for trial in results["trials"]):
+        return
+    document.heading("Overfitting")
+    document.paragraph(
+        "A run overfits where its validation loss rises while its training loss falls: from the epoch after its lowest"
+        " validation loss on, if that is not the last epoch and training loss has fallen since. The metric may rise all"
+        " the same."
+    )
+    if sentence := overfitting_sentence(results):
+        document.paragraph(f"The chosen configurations: {sentence}.")
+    header, rows = overfitting_table(results)
+    if rows:
+        document.table(header, rows)
+        document.paragraph(
+            "Of the seeds that overfit, medians at the epoch with the lowest validation loss and after the last one;"
+            " chosen configurations have a star."
+        )
 
 
 def _add_times(document: Document, results: Results) -> None:
     if not results["trials"]:
         return
-    by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for trial in results["trials"]:
-        by_task[trial["task_name"]].append(trial)
-    total = sum(trial["seconds"] for trial in results["trials"])
-    unit, unit_seconds = time_unit(total)
-    rows = []
-    for name, trials in by_task.items():
-        seconds = [trial["seconds"] for trial in trials]
-        speed = statistics.median(trial["rows_per_second"] for trial in trials)
-        time = [f"{sum(seconds) / unit_seconds:,.2f}", f"{100 * sum(seconds) / total:.1f} %"]
-        medians = [f"{statistics.median(seconds):,.1f}", f"{speed:,.0f}"]
-        rows.append([results["task_facts"][name]["title"], f"{len(trials):,}", *time, *medians])
-    rows.append(["all", f"{len(results['trials']):,}", f"{total / unit_seconds:,.2f}", "100.0 %", "", ""])
     document.heading("Time")
-    document.table(["task", "trials", f"time ({unit})", "share", "seconds a trial", "training rows a second"], rows)
+    document.table(*times_table(results))
     document.paragraph(
         "Time: the sum of the trials' own time, training and evaluation, not what a clock on the wall shows where"
-        " several workers run. Seconds and rows a second: medians over the trials; evaluation is no part of rows a"
-        " second."
+        " several workers run. Seconds and rows a second: medians over the trials and their epochs. An epoch is its"
+        " training alone, an evaluation that of the development rows after it."
     )
 
 
@@ -280,21 +277,9 @@ def _row_count(rows: Mapping[str, int | None]) -> str:
 
 
 def _add_failures(document: Document, results: Results) -> None:
-    if not results["failures"]:
-        return
-    document.heading("Failed trials")
-    document.table(
-        ["task", "start", "learning rate", "batch", "epochs", "seed", "then", "cause"],
-        [
-            [
-                *_cell_texts(results, failure),
-                str(failure["seed"]),
-                "succeeded" if failure["succeeded_later"] else "missing",
-                failure["cause"],
-            ]
-            for failure in results["failures"]
-        ],
-    )
+    if results["failures"]:
+        document.heading("Failed trials")
+        document.table(*failures_table(results))
 
 
 def _add_protocol(document: Document, results: Results) -> None:
@@ -304,18 +289,39 @@ def _add_protocol(document: Document, results: Results) -> None:
         "Model": f"{results['model']}, SHA-256 of the weights {results['model_sha256']}",
         "Seeds": ", ".join(map(str, results["seeds"])) + ": they decide the head, the order of the rows, and dropout",
         "Input": f"at most {protocol['max_seq_length']} tokens a row, longer ones are cut",
-        "Optimizer": f"AdamW, weight decay {protocol['weight_decay']:g}, learning rate rising over the first"
-        f" {100 * protocol['warmup_proportion']:g} % of the steps, then falling linearly to 0",
-        "Precision": protocol["precision"],
+        "Optimizer and precision": "; ".join(results["variants"]),
+        "Training": _training(protocol),
         "Score": f"of the {protocol['score_epoch']} epoch, on the development split",
     }
     if trials := results["trials"]:
         devices = Counter(trial["device"] for trial in trials)
         finished = sorted(trial["finished_at"] for trial in trials)
-        facts["Devices"] = ", ".join(f"{device} ({_trials(count)})" for device, count in devices.items())
+        facts["Devices"] = ", ".join(f"{device} ({number(count, 'trial')})" for device, count in devices.items())
         facts["Finished"] = f"first trial {finished[0]}, last trial {finished[-1]}"
         facts["Versions"] = _versions(trials)
     document.facts(facts)
+
+
+_COURSES: Final = {
+    "linear": "then falling linearly to 0",
+    "cosine": "then falling along a cosine to 0",
+    "constant": "then constant",
+}
+
+
+def _training(protocol: Mapping[str, Any]) -> str:
+    steps = protocol["warmup_steps"]
+    share = f"{100 * protocol['warmup_proportion']:g} % of the steps" if steps is None else number(steps, "step")
+    accumulated = protocol["gradient_accumulation_steps"]
+    facts = [
+        f"weight decay {protocol['weight_decay']:g}",
+        f"learning rate rising over the first {share}, {_COURSES[protocol['lr_schedule']]}",
+        f"gradients clipped to a norm of {protocol['max_gradient_norm']:g}",
+        f"a step's rows in {accumulated} parts" if accumulated > 1 else "",
+        f"at most {number(protocol['max_steps'], 'step')}" if protocol["max_steps"] else "",
+        f"evaluated every {number(protocol['eval_steps'], 'step')} too" if protocol["eval_steps"] else "",
+    ]
+    return ", ".join(fact for fact in facts if fact)
 
 
 def _versions(trials: Sequence[Mapping[str, Any]]) -> str:

@@ -1,13 +1,13 @@
 """From recorded trials to ``results.json``: medians over seeds, the best configuration, averages, what is missing."""
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 from finetune.config import STARTED_FROM_MNLI
-from finetune.selection import best_cells, by_configuration, median_cell
+from finetune.optimizers import Optimizer
+from finetune.selection import Group, best_cells, by_configuration, by_group, median_cell
 from finetune.tasks import Task, benchmark_title
 from finetune.trial import Cell
 
@@ -50,18 +50,19 @@ def make_results(
 
     Args:
         tasks: the tasks by name, at least those of ``cells``.
-        facts: ``model``, ``model_sha256``, ``mnli_init`` (false, true or "both"), ``protocol``, and for each task
-            ``rows`` (a count for each split), ``limited_rows`` (of splits cut short, how many rows there are) and
-            ``tokens_per_row`` (a mean).
+        facts: ``model``, ``model_sha256``, ``mnli_init`` (false, true or "both"), ``protocol``, ``precisions``, and for
+            each task ``rows`` (a count for each split), ``limited_rows`` (of splits cut short, how many rows there are)
+            and ``tokens_per_row`` (a mean).
         cells: the grid of each task that is reported.
         trials: the results of the finished cells.
         failures: the attempts that failed, with their cause.
 
     Returns:
-        ``benchmark``, ``model``, ``model_sha256``, ``mnli_init``, ``protocol`` and ``seeds`` of the grid;
-        ``task_facts``, what the report needs to know of each task; ``tasks``, the summary of each task that has *all*
-        its trials; ``averages``, as the paper forms them, without and with RTE, MRPC and STS-B started from MNLI, None
-        where a task is missing; ``missing`` (cells without a result, and why), ``failures`` and ``trials``.
+        ``benchmark``, ``model``, ``model_sha256``, ``mnli_init``, ``protocol``, ``precisions``, ``variants`` (the first
+        of a task is the primary one, which summaries and averages are of) and ``seeds`` of the grid; ``task_facts``,
+        what the report needs to know of each task; ``tasks``, the summary of each task that has *all* its trials;
+        ``averages``, as the paper forms them, without and with RTE, MRPC and STS-B started from MNLI, None where a task
+        is missing; ``missing`` (cells without a result, and why), ``failures`` and ``trials``.
     """
     grid = [cell for task_cells in cells.values() for cell in task_cells]
     causes = dict(failures)
@@ -69,15 +70,33 @@ def make_results(
     summaries = {name: _task_summary(tasks[name], task_cells, trials) for name, task_cells in complete.items()}
     return {
         "benchmark": benchmark_title([tasks[name] for name in cells]),
-        **{name: facts[name] for name in ("model", "model_sha256", "mnli_init", "protocol")},
+        **{name: facts[name] for name in ("model", "model_sha256", "mnli_init", "protocol", "precisions")},
+        "variants": list(dict.fromkeys(cell.variant for cell in grid)),
         "seeds": sorted({cell.seed for cell in grid}),
         "task_facts": {name: _task_facts(tasks[name], facts) for name in cells},
         "tasks": summaries,
         "averages": {start: _average(summaries, start) for start in _STARTS},
-        "missing": [{**asdict(cell), "cause": causes.get(cell, "not run")} for cell in grid if cell not in trials],
-        "failures": [{**asdict(cell), "cause": cause, "succeeded_later": cell in trials} for cell, cause in failures],
-        "trials": [{**asdict(cell), **trials[cell]} for cell in grid if cell in trials],
+        "missing": [{**_record(cell), "cause": causes.get(cell, "not run")} for cell in grid if cell not in trials],
+        "failures": [{**_record(cell), "cause": cause, "succeeded_later": cell in trials} for cell, cause in failures],
+        "trials": [{**_record(cell), **trials[cell]} for cell in grid if cell in trials],
     }
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    return {**asdict(cell), "variant": cell.variant}
+
+
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    """The cell that a record of ``results.json`` is about: a trial, a missing one, or a failure."""
+    values = {name: record[name] for name in Cell.__dataclass_fields__}
+    return Cell(**{**values, "optimizer": Optimizer(**record["optimizer"])})
+
+
+def median_cell_of(task_name: str, summary: Mapping[str, Any]) -> Cell:
+    """The cell of a summary's best configuration and median seed."""
+    same = {name: summary[name] for name in ("initialization", "precision")}
+    optimizer = Optimizer(**summary["optimizer"])
+    return Cell(task_name, **summary["best"], **same, optimizer=optimizer, seed=summary["median_seed"])
 
 
 def _task_facts(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,31 +122,43 @@ def _task_facts(task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
-    """Each start's summary; that of the first start on the top level too, and its gain over random weights."""
-    cells_of: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        cells_of[cell.initialization].append(cell)
-    starts = {start: _start_summary(task, cells_of[start], trials) for start in _STARTS if start in cells_of}
+    """Of the primary variant each start's summary; that of the first start on the top level too, and its gain over
+    random weights. Of each variant the first start's summary.
+    """
+    groups = by_group(cells)
+    variants = list(dict.fromkeys(group.variant for group in groups))
+    summaries = {group: _group_summary(task, group_cells, trials) for group, group_cells in groups.items()}
+
+    def of_variant(variant: str) -> dict[str, Any]:
+        return {start: summaries[start, variant] for start in _STARTS if (start, variant) in summaries}
+
+    starts = of_variant(variants[0])
     primary = next(iter(starts.values()))
     summary = {**primary, "starts": starts}
-    if "random" in cells_of:
-        summary["random_baseline"] = _start_summary(task, cells_of["random"], trials)
-        summary["gain"] = _gain(primary, summary["random_baseline"])
+    summary["variants"] = {variant: next(iter(of_variant(variant).values())) for variant in variants}
+    baseline = summaries.get(Group("random", variants[0]))
+    if baseline is not None:
+        summary["random_baseline"] = baseline
+        summary["gain"] = _gain(primary, baseline)
     return summary
 
 
-def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+def _group_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
     """The configuration with the highest median over its seeds, all of which have a result.
 
-    ``std`` is the sample standard deviation over the seeds; ``scores`` are in the order of the seeds; ``metrics`` and
-    ``metrics_std`` are of the epoch that scores. Of equal medians the first in the grid's order wins.
+    ``std`` is the sample standard deviation over the seeds; ``scores`` are in the order of the seeds; ``metrics``,
+    ``metrics_std`` and ``statistics`` are of the epoch that scores; times and memory are medians over the seeds. Of
+    equal medians the first in the grid's order wins.
     """
     score_of = {cell: trials[cell]["score"] for cell in cells}
     best = best_cells(cells, score_of)
     chosen = sorted(best, key=lambda cell: cell.seed)
-    scores = [score_of[cell] for cell in chosen]
+    scores, results = [score_of[cell] for cell in chosen], [trials[cell] for cell in chosen]
     return {
         "initialization": chosen[0].initialization,
+        "variant": chosen[0].variant,
+        "precision": chosen[0].precision,
+        "optimizer": asdict(chosen[0].optimizer),
         "metric": task.selected_by,
         "best": dict(zip(("learning_rate", "batch_size", "num_epochs"), chosen[0].configuration, strict=True)),
         "median": statistics.median(scores),
@@ -137,10 +168,32 @@ def _start_summary(task: Task, cells: Sequence[Cell], trials: Mapping[Cell, dict
         "min": min(scores),
         "scores": scores,
         "median_seed": median_cell(best, score_of).seed,
-        "metrics": _over_seeds(task, [trials[cell] for cell in chosen], statistics.median),
-        "metrics_std": _over_seeds(task, [trials[cell] for cell in chosen], _deviation),
+        "metrics": _over_seeds(task, results, statistics.median),
+        "metrics_std": _over_seeds(task, results, _deviation),
+        "statistics": _over_seeds(task, results, _statistics),
         "num_configurations": len(by_configuration(cells)),
         "seconds": sum(trials[cell]["seconds"] for cell in cells),
+        **_costs(results),
+    }
+
+
+def _statistics(values: Sequence[float]) -> dict[str, float]:
+    median, mean = statistics.median(values), statistics.fmean(values)
+    return {"best": max(values), "mean": mean, "std": _deviation(values), "median": median}
+
+
+def _costs(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Medians over these trials; of the peak of memory None where it is not known."""
+    peaks = [result["peak_memory_bytes"] for result in results]
+    return {
+        "seconds_per_trial": statistics.median(result["seconds"] for result in results),
+        "seconds_per_epoch": statistics.median(epoch["seconds"] for result in results for epoch in result["epochs"]),
+        "eval_seconds_per_epoch": statistics.median(
+            epoch["eval_seconds"] for result in results for epoch in result["epochs"]
+        ),
+        "rows_per_second": statistics.median(result["rows_per_second"] for result in results),
+        "optimizer_bytes": statistics.median(result["optimizer_bytes"] for result in results),
+        "peak_memory_bytes": None if None in peaks else statistics.median(peaks),
     }
 
 

@@ -1,6 +1,6 @@
-"""The scores of a grid as tables: of medians, and as a row for a LaTeX document.
+"""The scores of a grid as tables: of medians, of replicates, of variants, and as a row for a LaTeX document.
 
-Scores of different benchmarks, or of tasks started from MNLI and not, are never in one table.
+Scores of different benchmarks, or of tasks started from MNLI and not, are never in one table of medians.
 """
 
 from collections import defaultdict
@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.metrics import METRIC_TITLES
+from finetune.plots import START_NAMES, Configuration
 from finetune.results import AVERAGED_COLUMNS, Column, Results, column_score
 
 Table = tuple[list[str], list[list[str]]]
+Summary = Mapping[str, Any]
 
 
 def score_tables(results: Results) -> list[tuple[str, Table]]:
@@ -93,6 +95,78 @@ def _gain(results: Results, column: Column) -> str:
         return "-"
     gain = results["tasks"][column.task_name]["gain"]
     return f"{100 * gain['median']:+.1f}" + ("" if gain["above_scatter"] else " (no gain)")
+
+
+def summaries(results: Results) -> list[tuple[str, Summary]]:
+    """Task name and summary: each start of a task's first variant, random weights, its other variants."""
+    found = []
+    for name, task in results["tasks"].items():
+        baseline = [task["random_baseline"]] if "random_baseline" in task else []
+        _, *others = task["variants"].values()
+        found += [(name, summary) for summary in (*task["starts"].values(), *baseline, *others)]
+    return found
+
+
+def replicates_table(results: Results) -> Table:
+    """Best, mean and deviation over the seeds of every metric, as Hugging Face tells of ``run_flax_glue``."""
+    header = ["task", "start", "variant", "split", "metric", "best", "mean", "deviation", "median"]
+    rows = [
+        [
+            results["task_facts"][name]["title"],
+            START_NAMES[summary["initialization"]],
+            summary["variant"],
+            split,
+            METRIC_TITLES[metric] + (" (selects)" if metric == summary["metric"] and len(metrics) > 1 else ""),
+            *(percent(statistic[key]) for key in ("best", "mean", "std", "median")),
+        ]
+        for name, summary in summaries(results)
+        for split, metrics in summary["statistics"].items()
+        for metric, statistic in metrics.items()
+    ]
+    return header, rows
+
+
+def variants_table(results: Results) -> Table:
+    """Score, time and memory of each task's variants, as Hugging Face tells of its runs in mixed precision.
+
+    Each variant has its own best configuration, whose trials these are.
+    """
+    header = (
+        "task,variant,metric,best,mean,deviation,configuration,seconds a trial,seconds an epoch,rows a second,speed,"
+        "optimizer (MiB),peak (MiB)"
+    ).split(",")
+    rows = [
+        [
+            results["task_facts"][name]["title"],
+            variant,
+            METRIC_TITLES[summary["metric"]],
+            *(percent(summary[key]) for key in ("max", "mean", "std")),
+            str(Configuration.of(summary["best"])),
+            *(figure(summary[key], ",.1f") for key in ("seconds_per_trial", "seconds_per_epoch")),
+            figure(summary["rows_per_second"], ",.0f"),
+            _speed(summary, next(iter(task["variants"].values()))),
+            *(_mebibytes(summary[key]) for key in ("optimizer_bytes", "peak_memory_bytes")),
+        ]
+        for name, task in results["tasks"].items()
+        if len(task["variants"]) > 1
+        for variant, summary in task["variants"].items()
+    ]
+    return header, rows
+
+
+def _speed(summary: Summary, first: Summary) -> str:
+    """Rows a second relative to the task's first variant."""
+    speeds = summary["rows_per_second"], first["rows_per_second"]
+    return "-" if None in speeds else f"{speeds[0] / speeds[1]:.2f} x"
+
+
+def figure(value: float | None, form: str) -> str:
+    """A figure as a table prints it; ``-`` where it is not known."""
+    return "-" if value is None else format(value, form)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.1f}"
 
 
 def percent(score: float) -> str:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from finetune.trial import Cell
 
@@ -11,8 +12,28 @@ Configuration = tuple[float, int, int]
 """Learning rate, batch size, epochs."""
 
 
+class Group(NamedTuple):
+    """What a task's cells are compared by, and never searched for the best."""
+
+    initialization: str
+    variant: str
+
+    @classmethod
+    def of(cls, cell: Cell) -> "Group":
+        """The one that ``cell`` is in."""
+        return cls(cell.initialization, cell.variant)
+
+
+def by_group(cells: Sequence[Cell]) -> dict[Group, list[Cell]]:
+    """One task's cells by group, in the grid's order."""
+    groups: dict[Group, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[Group.of(cell)].append(cell)
+    return dict(groups)
+
+
 def by_configuration(cells: Sequence[Cell]) -> dict[Configuration, list[Cell]]:
-    """The cells of each configuration, one per seed, in the grid's order; the cells have one start in common."""
+    """The cells of each configuration, one per seed, in the grid's order; the cells are of one group."""
     groups: dict[Configuration, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.configuration].append(cell)
@@ -23,7 +44,7 @@ def best_cells(cells: Sequence[Cell], scores: Mapping[Cell, float]) -> list[Cell
     """The cells of the configuration with the highest median; of equal medians the first in the grid's order.
 
     Args:
-        cells: one task's and one start's.
+        cells: one task's and one group's.
         scores: of all of them.
     """
     groups = by_configuration(cells).values()

@@ -7,7 +7,7 @@ failed trial as visited.
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import UserError
 from common.storage import HEARTBEAT_SECONDS, STALE_SECONDS, SharedStorage
+from finetune.optimizers import Optimizer
 from finetune.trial import Cell
 
 MAX_ATTEMPTS: Final = 2
@@ -27,7 +28,8 @@ _DISTRIBUTIONS: Final = {
     "num_epochs": IntDistribution(1, _LARGEST_INT),
     "initialization": CategoricalDistribution(("pretrained", "random", "mnli")),
     "seed": IntDistribution(0, _LARGEST_INT),
-}
+    "precision": CategoricalDistribution(("fp32", "bf16", "fp16")),
+}  # and the optimizer, whose arguments are no values of one distribution, in an attribute
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ class TrialStore:
 
 
 def _cell(task_name: str, trial: FrozenTrial) -> Cell:
-    return Cell(task_name=task_name, **trial.params)
+    return Cell(task_name=task_name, **trial.params, optimizer=Optimizer(**trial.user_attrs["optimizer"]))
 
 
 def _attempt(task_name: str, trial: FrozenTrial) -> Attempt:
@@ -254,5 +256,5 @@ def _waiting_trial(cell: Cell, priority: float, attempt: int, kills: int = 0) ->
         state=TrialState.WAITING,
         params={name: getattr(cell, name) for name in _DISTRIBUTIONS},
         distributions=_DISTRIBUTIONS,
-        user_attrs={"priority": priority, "attempt": attempt, "kills": kills},
+        user_attrs={"optimizer": asdict(cell.optimizer), "priority": priority, "attempt": attempt, "kills": kills},
     )

@@ -1,29 +1,27 @@
 """From a grid's results and kept models to a submission: predict every test set, train nothing."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.errors import UserError
 from common.folders import only_writer, provenance, read_json, sha256_of_file, write_json
-from common.hub import quiet_transformers, weight_files
+from common.hub import weight_files
 from common.page import markdown_table
-from finetune.batches import DeviceSplit
 from finetune.examples import Examples, read_split, require_files
+from finetune.inference import Precision, decide
 from finetune.kept_models import kept_folder
-from finetune.model import load_tokenizer, model_fingerprint
+from finetune.predictor import Predictor
+from finetune.results import cell_of, median_cell_of
 from finetune.submission import SUBMITTED, write_submission
 from finetune.tasks import HUB_DATASET, Task, TestSplit
-from finetune.tokens import load_tokens, tokenize_split
-from finetune.trial import Cell, Protocol, decide, predict
+from finetune.trial import Cell
 
 SUBMISSION_FILE: Final = "submission.zip"
 RECORD_FILE: Final = "submission.json"
@@ -42,7 +40,6 @@ PLACEHOLDERS: Final[Mapping[str, str]] = {
 }
 
 _RESULTS_FILE: Final = "results.json"
-_CACHE_FOLDER: Final = "cache"
 _LOG_SECONDS: Final = 60.0
 
 
@@ -92,14 +89,14 @@ def submit(
     Raises:
         UserError: results, models or test sets are missing, or are not what the GLUE server takes.
     """
-    results = _read_results(output_dir)
+    results = read_json(output_dir / _RESULTS_FILE, "a submission is made from a grid's results; run the grid first")
     files = _plan(output_dir, results, _resolve_start(output_dir, results, start), placeholders, tasks)
     _check_kept(output_dir, files)
     zip_path = output_dir / SUBMISSION_FILE
     with only_writer(output_dir):
         require_files([(file.task, file.split.name) for file in files if file.cell], glue_dir)
         test_sets = {file.name: _read_test_set(file, glue_dir) for file in files if file.cell}
-        predictions = _predict_all(output_dir, files, test_sets, Protocol(**results["protocol"]))
+        predictions = _predict_all(output_dir, files, test_sets, results["protocol"]["max_seq_length"])
         write_submission(zip_path, predictions, tasks)
         records = [_record(file, predictions[file.name]) for file in files]
         facts = {
@@ -115,14 +112,6 @@ def submit(
 def _trained_task(task: Task) -> str:
     """The name of the task whose models predict ``task``'s test sets."""
     return task.predicted_by or task.task_name
-
-
-def _read_results(output_dir: Path) -> dict[str, Any]:
-    results = read_json(output_dir / _RESULTS_FILE, "a submission is made from a grid's results; run the grid first")
-    if "mnli_init" not in results:
-        path = output_dir / _RESULTS_FILE
-        raise UserError(f"{path} was written by an earlier version: python -m finetune report {output_dir} renews it")
-    return results
 
 
 def _resolve_start(output_dir: Path, results: Mapping[str, Any], start: Start | None) -> Start:
@@ -157,7 +146,7 @@ def _plan(
 def _median_cell(task_name: str, summary: Mapping[str, Any], start: Start) -> Cell:
     """The trial of the best configuration's median seed."""
     started = summary["starts"].get(start) or summary["starts"]["pretrained"]  # most tasks have only this one
-    return Cell(task_name, **started["best"], initialization=started["initialization"], seed=started["median_seed"])
+    return median_cell_of(task_name, started)
 
 
 def _check_kept(output_dir: Path, files: Sequence[SubmittedFile]) -> None:
@@ -182,7 +171,7 @@ def _read_test_set(file: SubmittedFile, glue_dir: Path | None) -> Examples:
 
 
 def _predict_all(
-    output_dir: Path, files: Sequence[SubmittedFile], test_sets: Mapping[str, Examples], protocol: Protocol
+    output_dir: Path, files: Sequence[SubmittedFile], test_sets: Mapping[str, Examples], max_seq_length: int
 ) -> dict[str, list[str]]:
     """What stands in the rows of each file; every model is loaded once."""
     predictions = {file.name: [file.placeholder] * file.split.rows for file in files}
@@ -192,73 +181,29 @@ def _predict_all(
     with tqdm(total=num_rows, unit="row", mininterval=refresh_seconds) as progress:
         for cell in dict.fromkeys(file.cell for file in predicted):
             of_cell = [file for file in predicted if file.cell == cell]
-            model = Predictor(kept_folder(output_dir, cell), of_cell[0].task, protocol)
+            model = _load(kept_folder(output_dir, cell), of_cell[0].task, max_seq_length, cell.precision)
             for file in of_cell:
                 progress.set_description(file.name, refresh=False)
-                predictions[file.name] = model.predict(test_sets[file.name], file.task, output_dir / _CACHE_FOLDER)
-                progress.update(file.split.rows)
+                predictions[file.name] = _predict(model, test_sets[file.name], file.task, progress.update)
     return predictions
 
 
-class Predictor:
-    """A tuned model with its tokenizer, on a GPU where there is one."""
-
-    def __init__(self, folder: Path, task: Task, protocol: Protocol) -> None:
-        """Load the model.
-
-        Args:
-            folder: Hugging Face folder of a classifier for ``task``.
-            task: its classes are the model's.
-            protocol: how it was trained.
-
-        Raises:
-            UserError: the model is damaged, or not one of ``task``.
-        """
-        self.folder = folder
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = protocol.precision if self._device.type == "cuda" else "fp32"
-        self._protocol = replace(protocol, precision=precision, compile=False)
-        self._tokenizer = load_tokenizer(folder)
-        self._tokenizer_sha256 = model_fingerprint(folder)["tokenizer"]
-        self._classifier = _load_classifier(folder, task).to(self._device)
-
-    def predict(self, examples: Examples, task: Task, cache_dir: Path) -> list[str]:
-        """What a submission says of each row: a label's name, or a score in its range with three decimals.
-
-        Args:
-            examples: the rows of one test set.
-            task: whose test set it is.
-            cache_dir: keeps the tokenised rows.
-
-        Raises:
-            UserError: the model's outputs are not finite numbers.
-        """
-        length = self._protocol.max_seq_length
-        tokens = tokenize_split(examples, task, self._tokenizer, self._tokenizer_sha256, length, cache_dir)
-        logits, _ = predict(self._classifier, DeviceSplit(load_tokens(tokens), self._device), self._protocol)
-        if not logits.isfinite().all():
-            raise UserError(f"the model in {self.folder} does not predict finite numbers: it is damaged")
-        predicted = decide(task, logits)
-        if task.labels:
-            return [task.labels[index] for index in predicted]
-        scores = np.abs(np.clip(predicted, *task.score_range))  # abs: -0.0 would be written with its sign
-        return [f"{score:.3f}" for score in scores]
+def _load(folder: Path, task: Task, max_seq_length: int, precision: Precision) -> Predictor:
+    """A kept model, on a GPU in the precision that it was trained in."""
+    model = Predictor(folder, max_seq_length, precision if torch.cuda.is_available() else "fp32")
+    if model.classifier.config.num_labels != task.num_labels:
+        outputs = model.classifier.config.num_labels
+        raise UserError(f"the model in {folder} has {outputs} outputs: it is not {task.title}'s")
+    return model
 
 
-def _load_classifier(folder: Path, task: Task) -> PreTrainedModel:
-    """The classifier as it was kept, in float32; unlike a pretrained one it must be whole, its head included."""
-    try:
-        with quiet_transformers():
-            classifier, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"the model in {folder} does not load: {str(error).splitlines()[0]}") from None
-    if info["missing_keys"]:
-        raise UserError(f"the model in {folder} lacks weights (such as {sorted(info['missing_keys'])[0]})")
-    if classifier.config.num_labels != task.num_labels:
-        raise UserError(f"the model in {folder} has {classifier.config.num_labels} outputs: it is not {task.title}'s")
-    return classifier
+def _predict(model: Predictor, examples: Examples, task: Task, progress: Callable[[int], object]) -> list[str]:
+    """What a submission says of each row: a label's name, or a score in its range with three decimals."""
+    predicted = decide(task, torch.from_numpy(model.logits(examples.sentences, progress=progress)))
+    if task.labels:
+        return [task.labels[index] for index in predicted]
+    scores = np.abs(np.clip(predicted, *task.score_range))  # abs: -0.0 would be written with its sign
+    return [f"{score:.3f}" for score in scores]
 
 
 def _record(file: SubmittedFile, predictions: Sequence[str]) -> dict[str, Any]:
@@ -288,7 +233,7 @@ def _show(zip_path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _source(record: Mapping[str, Any]) -> str:
-    return str(Cell(**record["trial"])) if record["trial"] else f"PLACEHOLDER {record['placeholder']}"
+    return str(cell_of(record["trial"])) if record["trial"] else f"PLACEHOLDER {record['placeholder']}"
 
 
 def _shares(record: Mapping[str, Any]) -> str:

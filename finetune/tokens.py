@@ -69,8 +69,7 @@ def tokenize_split(
     Raises:
         UserError: the tokenizer cannot pad.
     """
-    if tokenizer.pad_token_id is None:
-        raise UserError("the model's tokenizer has no padding token: take another model, or give its tokenizer one")
+    _require_padding(tokenizer)
     key = json.dumps([_FORMAT, tokenizer_sha256, examples.sha256, max_seq_length])
     folder = cache_dir / f"{task.task_name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,23 @@ def tokenize_split(
         if not _is_whole(folder):
             _write(folder, _tokenize(examples, tokenizer, max_seq_length), tokenizer.pad_token_id)
     return folder
+
+
+def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> TokenizedSplit:
+    """The same in memory, for rows that are needed once.
+
+    Raises:
+        UserError: the tokenizer cannot pad.
+    """
+    _require_padding(tokenizer)
+    arrays = _tokenize(examples, tokenizer, max_seq_length)
+    absent = dict.fromkeys(("token_type_ids", "labels"))
+    return TokenizedSplit(**{**absent, **arrays}, pad_token_id=tokenizer.pad_token_id)
+
+
+def _require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        raise UserError("the model's tokenizer has no padding token: take another model, or give its tokenizer one")
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,31 +1,29 @@
 """One fine-tuning run of one task with one set of hyperparameters and one seed."""
 
-import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+from typing import Protocol as Interface
 
-import numpy as np
 import torch
-from torch.nn import functional
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, get_scheduler
 
 from finetune.batches import Batch, DeviceSplit
+from finetune.inference import Precision, decide, logits_of, predict
+from finetune.losses import MeanLoss, finite, loss_of
 from finetune.metrics import compute
-from finetune.model import Encoder, Initialization
+from finetune.model import Initialization
+from finetune.optimizers import Optimizer
 from finetune.tasks import Task
+from finetune.trial_files import TrialFiles
 
 MAX_GRADIENT_NORM: Final = 1.0  # run_glue's default, which the papers' fine-tuning used
-EVALUATION_BATCH_SIZE: Final = 64
 
-Precision = Literal["fp32", "bf16", "fp16"]
 ScoreEpoch = Literal["last", "best"]
-
-
-class TrialFailure(Exception):
-    """A run that cannot give a score; the message is its cause."""
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,24 @@ class Cell:
     num_epochs: int
     initialization: Initialization
     seed: int
+    precision: Precision = "fp32"
+    """Of the matrix products; weights and optimizer are float32."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
 
     @property
     def configuration(self) -> tuple[float, int, int]:
         """What the median over the seeds is taken of."""
         return self.learning_rate, self.batch_size, self.num_epochs
 
+    @property
+    def variant(self) -> str:
+        """What is compared, and never searched for the best: ``AdamW, bf16``."""
+        return f"{self.optimizer.title}, {self.precision}"
+
     def __str__(self) -> str:
         return (
-            f"{self.task_name} ({self.initialization}, learning rate {self.learning_rate:g}, batch {self.batch_size},"
-            f" {self.num_epochs} epochs, seed {self.seed})"
+            f"{self.task_name} ({self.initialization}, {self.variant}, learning rate {self.learning_rate:g}, batch"
+            f" {self.batch_size}, {self.num_epochs} epochs, seed {self.seed})"
         )
 
 
@@ -58,24 +64,40 @@ class Protocol:
     max_seq_length: int
     weight_decay: float
     warmup_proportion: float
-    precision: Precision
-    """Of the matrix products; weights and optimizer are float32."""
+    warmup_steps: int | None = None
+    """Instead of the proportion."""
+    lr_schedule: Schedule = "linear"
+    max_gradient_norm: float = MAX_GRADIENT_NORM
+    gradient_accumulation_steps: int = 1
+    """Parts in which a batch passes through the model."""
+    max_steps: int | None = None
+    """Ends training earlier than the epochs would."""
+    eval_steps: int | None = None
+    """Optimizer steps between two evaluations, beside the one after each epoch."""
     score_epoch: ScoreEpoch = "last"
     compile: bool = False
+
+
+class ClassifierSource(Interface):
+    """What a trial starts from, such as an :class:`finetune.model.Encoder`."""
+
+    def new_classifier(self, task: Task, initialization: Initialization, device: torch.device) -> PreTrainedModel:
+        """A float32 classifier for ``task`` on ``device``; torch's random state decides what is drawn."""
 
 
 def run_trial(
     task: Task,
     cell: Cell,
     protocol: Protocol,
-    encoder: Encoder,
+    encoder: ClassifierSource,
     data: Mapping[str, DeviceSplit],
     device: torch.device,
+    files: TrialFiles | None = None,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Fine-tune, and evaluate after each epoch; the score is the last epoch's, or the best one's if the protocol says.
 
     ``cell.seed`` decides the head (and a random encoder), the order of the rows, and dropout. On a CPU the same cell
-    with the same number of threads gives the same score.
+    with the same number of threads gives the same score, whether it was interrupted or not.
 
     Args:
         task: what ``cell.task_name`` names.
@@ -84,86 +106,82 @@ def run_trial(
         encoder: the weights to start from.
         data: the task's training split and evaluation splits, on ``device``.
         device: where to compute.
+        files: where it keeps checkpoints and TensorBoard files, and goes on from the newest checkpoint.
 
     Returns:
         The result and the classifier that has this score. The result: ``score`` (a fraction) and ``score_epoch_index``,
-        ``epochs`` (``epoch``, ``train_loss``, ``eval_loss``, ``metrics`` of each split), ``seconds``,
-        ``rows_per_second`` (training alone) and ``device``.
+        ``epochs`` (``epoch``, ``train_loss``, ``eval_loss``, ``metrics`` of each split, ``seconds`` of training,
+        ``eval_seconds``), ``evaluations`` between epochs (the same with ``step``, without seconds), ``seconds``,
+        ``rows_per_second`` (training alone), ``device``, ``optimizer_bytes`` and, on a GPU, ``peak_memory_bytes``.
 
     Raises:
         TrialFailure: the loss is not a finite number.
     """
-    started = time.monotonic()
     torch.manual_seed(cell.seed)
-    classifier = encoder.new_classifier(task, cell.initialization, device)
-    training = Training(classifier, cell, protocol, data["train"], device)
-    epochs: list[dict[str, Any]] = []
-    training_seconds, best_weights = 0.0, None
-    for epoch in range(1, cell.num_epochs + 1):
-        epoch_started = time.monotonic()
-        train_loss = training.epoch(epoch)
-        training_seconds += time.monotonic() - epoch_started
-        epochs.append({"epoch": epoch, "train_loss": train_loss, **_evaluate_all(classifier, task, protocol, data)})
-        if protocol.score_epoch == "best" and _best_epoch(task, epochs) is epochs[-1] and epoch < cell.num_epochs:
-            best_weights = {name: weight.clone() for name, weight in classifier.state_dict().items()}
-    scored = epochs[-1] if protocol.score_epoch == "last" else _best_epoch(task, epochs)
-    if scored is not epochs[-1]:
-        classifier.load_state_dict(best_weights)
-    result = {
-        "score": _score(task, scored),
-        "score_epoch_index": scored["epoch"] - 1,
-        "epochs": epochs,
-        "seconds": time.monotonic() - started,
-        "rows_per_second": cell.num_epochs * len(data["train"]) / training_seconds,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    return result, classifier
-
-
-def _score(task: Task, epoch: Mapping[str, Any]) -> float:
-    return epoch["metrics"][task.evaluation_splits[0]][task.selected_by]
-
-
-def _best_epoch(task: Task, epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first with the highest score."""
-    return max(epochs, key=lambda epoch: _score(task, epoch))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trial = _Trial(task, cell, protocol, encoder.new_classifier(task, cell.initialization, device), data, device, files)
+    return trial.run(), trial.classifier
 
 
 class Training:
-    """A classifier with its optimizer and schedule: AdamW, linear warmup and decay, clipped gradients."""
+    """A classifier with its optimizer and schedule: clipped gradients, linear warmup, decay."""
 
     def __init__(
         self, classifier: PreTrainedModel, cell: Cell, protocol: Protocol, data: DeviceSplit, device: torch.device
     ) -> None:
-        self._classifier, self._cell, self._protocol, self._data = classifier, cell, protocol, data
-        groups = parameter_groups(classifier, protocol.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate, fused=True)  # half a small model's time
-        num_steps = cell.num_epochs * data.num_batches(cell.batch_size)
-        warmup_steps = math.ceil(protocol.warmup_proportion * num_steps)
-        self._schedule = get_linear_schedule_with_warmup(self._optimizer, warmup_steps, num_steps)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=protocol.precision == "fp16")
+        self.steps_per_epoch = data.num_batches(cell.batch_size)
+        self.num_steps = min(cell.num_epochs * self.steps_per_epoch, protocol.max_steps or math.inf)
+        self.step_number = 0
+        """Steps that are done."""
+        self._classifier, self._cell, self._protocol = classifier, cell, protocol
+        self.optimizer = cell.optimizer.build(parameter_groups(classifier, protocol.weight_decay), cell.learning_rate)
+        warmup_steps = protocol.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = math.ceil(protocol.warmup_proportion * self.num_steps)
+        name = "constant_with_warmup" if protocol.lr_schedule == "constant" else protocol.lr_schedule
+        self._schedule = get_scheduler(name, self.optimizer, warmup_steps, self.num_steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=cell.precision == "fp16")
 
-    def epoch(self, epoch: int) -> float:
-        """One pass over the training rows; returns their mean loss."""
-        self._classifier.train()
-        losses, num_rows = [], []
-        for batch in self._data.training_batches(self._cell.batch_size, seed=[self._cell.seed, epoch]):
-            losses.append(self.step(batch))
-            num_rows.append(len(batch.rows))
-        total = torch.stack(losses).double().cpu() @ torch.tensor(num_rows, dtype=torch.float64)
-        return _finite(total.item() / len(self._data), "training")
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self._schedule.get_last_lr()[0]
 
     def step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; returns the mean loss of the batch, on the device."""
-        loss = _loss(logits_of(self._classifier, batch, self._protocol), batch.labels)
-        self._scaler.scale(loss).backward()
-        self._scaler.unscale_(self._optimizer)
-        torch.nn.utils.clip_grad_norm_(self._classifier.parameters(), MAX_GRADIENT_NORM)
-        self._scaler.step(self._optimizer)
+        mean_loss = torch.zeros((), device=batch.labels.device)
+        for part in batch.split(self._protocol.gradient_accumulation_steps):
+            logits = logits_of(self._classifier, part, self._cell.precision, self._protocol.compile)
+            loss = loss_of(logits, part.labels) * (len(part.rows) / len(batch.rows))
+            self._scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        self._scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._classifier.parameters(), self._protocol.max_gradient_norm or math.inf)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
         self._schedule.step()
-        self._optimizer.zero_grad()
-        return loss.detach()
+        self.optimizer.zero_grad()
+        self.step_number += 1
+        return mean_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on; random numbers apart."""
+        return {
+            "classifier": self._classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "step_number": self.step_number,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._classifier.load_state_dict(state["classifier"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step_number = state["step_number"]
 
 
 def parameter_groups(classifier: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -175,76 +193,180 @@ def parameter_groups(classifier: PreTrainedModel, weight_decay: float) -> list[d
     ]
 
 
-def _evaluate_all(
-    classifier: PreTrainedModel, task: Task, protocol: Protocol, data: Mapping[str, DeviceSplit]
-) -> dict[str, Any]:
-    """``eval_loss`` on the split that scores, and ``metrics`` on each evaluation split."""
-    evaluations = {split: _evaluate(classifier, task, protocol, data[split]) for split in task.evaluation_splits}
-    return {
-        "eval_loss": evaluations[task.evaluation_splits[0]][0],
-        "metrics": {split: metrics for split, (_, metrics) in evaluations.items()},
-    }
+class _Trial:
+    """A trial on its way: what :func:`run_trial` does."""
+
+    def __init__(
+        self,
+        task: Task,
+        cell: Cell,
+        protocol: Protocol,
+        classifier: PreTrainedModel,
+        data: Mapping[str, DeviceSplit],
+        device: torch.device,
+        files: TrialFiles | None,
+    ) -> None:
+        self.classifier = classifier
+        self._task, self._cell, self._protocol = task, cell, protocol
+        self._data, self._device, self._files = data, device, files
+        self._training = Training(classifier, cell, protocol, data["train"], device)
+        self._started = time.monotonic()
+        self._seconds_before = 0.0  # of starts that were interrupted
+        self._epochs: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
+        self._best_weights: dict[str, torch.Tensor] | None = None
+        self._epoch_seconds = 0.0  # of training, in the epoch that runs
+        self._epoch_losses, self._recent_losses, self._logged_losses = MeanLoss(), MeanLoss(), MeanLoss()
+
+    def run(self) -> dict[str, Any]:
+        """Train from where the trial is to its end; returns its result."""
+        self._resume()
+        while self._training.step_number < self._training.num_steps:
+            self._train_epoch(len(self._epochs) + 1)
+        scored = self._epochs[-1] if self._protocol.score_epoch == "last" else self._best_epoch()
+        if scored is not self._epochs[-1]:
+            self.classifier.load_state_dict(self._best_weights)
+        training_seconds = sum(epoch["seconds"] for epoch in self._epochs)
+        num_rows = self._training.num_steps / self._training.steps_per_epoch * len(self._data["train"])
+        on_gpu = self._device.type == "cuda"
+        return {
+            "score": self._score(scored),
+            "score_epoch_index": scored["epoch"] - 1,
+            "epochs": self._epochs,
+            "evaluations": self._evaluations,
+            "seconds": self._seconds,
+            "rows_per_second": num_rows / training_seconds,
+            "device": torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
+            "optimizer_bytes": _bytes_of(self._training.optimizer),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+        }
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _train_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are left, and its evaluation."""
+        training = self._training
+        first = (epoch - 1) * training.steps_per_epoch
+        last = min(first + training.steps_per_epoch, training.num_steps)
+        batches = self._data["train"].training_batches(self._cell.batch_size, seed=[self._cell.seed, epoch])
+        self.classifier.train()
+        since = time.monotonic()
+        for batch in itertools.islice(batches, training.step_number - first, last - first):
+            loss = training.step(batch)
+            for losses in (self._epoch_losses, self._recent_losses, self._logged_losses):
+                losses.add(loss, len(batch.rows))
+            if training.step_number < last and self._is_something_due():
+                self._epoch_losses.state()  # waits for the device, so that the time is right
+                self._epoch_seconds += time.monotonic() - since
+                self._do_what_is_due()
+                since = time.monotonic()
+        train_loss = self._epoch_losses.mean()
+        self._epoch_seconds += time.monotonic() - since
+        self._end_epoch(epoch, train_loss)
+
+    def _is_something_due(self) -> bool:
+        files = self._files
+        saving, logging = (files.save_steps, files.logging_steps) if files else (None, None)
+        return any(self._is_due(every) for every in (self._protocol.eval_steps, saving, logging))
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self._training.step_number % every == 0
+
+    def _do_what_is_due(self) -> None:
+        """Between epochs."""
+        if self._is_due(self._protocol.eval_steps):
+            step = self._training.step_number
+            epoch = {"step": step, "epoch": step / self._training.steps_per_epoch}
+            self._evaluations.append({**epoch, "train_loss": self._recent_losses.mean(), **self._evaluate()})
+            self._recent_losses = MeanLoss()
+            self._write_evaluation(self._evaluations[-1])
+            self.classifier.train()
+        if self._files and self._is_due(self._files.logging_steps):
+            self._write_training()
+        if self._files and self._is_due(self._files.save_steps):
+            self._save()
+
+    def _end_epoch(self, epoch: int, train_loss: float) -> None:
+        before = time.monotonic()
+        evaluation = self._evaluate()
+        seconds = {"seconds": self._epoch_seconds, "eval_seconds": time.monotonic() - before}
+        self._epochs.append({"epoch": epoch, "train_loss": train_loss, **evaluation, **seconds})
+        is_last = self._training.step_number == self._training.num_steps
+        if self._protocol.score_epoch == "best" and self._best_epoch() is self._epochs[-1] and not is_last:
+            self._best_weights = {name: weight.clone() for name, weight in self.classifier.state_dict().items()}
+        self._epoch_seconds, self._epoch_losses, self._recent_losses = 0.0, MeanLoss(), MeanLoss()
+        if self._files and self._files.logging_steps:
+            self._write_training()
+            self._write_evaluation(self._epochs[-1])
+        if self._files and self._files.save_steps and not is_last:
+            self._save()
+
+    def _evaluate(self) -> dict[str, Any]:
+        """``eval_loss`` on the split that scores, and ``metrics`` on each evaluation split."""
+        losses, metrics = {}, {}
+        for split in self._task.evaluation_splits:
+            data = self._data[split]
+            logits, labels = predict(self.classifier, data, self._cell.precision, self._protocol.compile)
+            losses[split] = finite(loss_of(logits, labels).item(), "evaluation")
+            metrics[split] = compute(self._task.metrics, decide(self._task, logits), labels.numpy())
+        return {"eval_loss": losses[self._task.evaluation_splits[0]], "metrics": metrics}
+
+    def _score(self, evaluation: Mapping[str, Any]) -> float:
+        return evaluation["metrics"][self._task.evaluation_splits[0]][self._task.selected_by]
+
+    def _best_epoch(self) -> dict[str, Any]:
+        """The first with the highest score."""
+        return max(self._epochs, key=self._score)
+
+    def _write_training(self) -> None:
+        values = {"train/loss": self._logged_losses.mean(), "train/learning_rate": self._training.learning_rate}
+        self._logged_losses = MeanLoss()
+        self._files.write_scalars(self._training.step_number, values)
+
+    def _write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """As the Trainer names these curves."""
+        if not (self._files and self._files.logging_steps):
+            return
+        values = {"eval/loss": evaluation["eval_loss"]}
+        for split, metrics in evaluation["metrics"].items():
+            prefix = "eval" if split == self._task.evaluation_splits[0] else f"eval_{split}"
+            values.update({f"{prefix}/{name}": value for name, value in metrics.items()})
+        self._files.write_scalars(self._training.step_number, values)
+
+    def _save(self) -> None:
+        self._files.save(
+            {
+                "training": self._training.state_dict(),
+                "epochs": self._epochs,
+                "evaluations": self._evaluations,
+                "best_weights": self._best_weights,
+                "seconds": self._seconds,
+                "epoch_seconds": self._epoch_seconds,
+                "epoch_losses": self._epoch_losses.state(),
+                "recent_losses": self._recent_losses.state(),
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            }
+        )
+
+    def _resume(self) -> None:
+        state = self._files.load() if self._files else None
+        if state is None:
+            return
+        self._training.load_state_dict(state["training"])
+        self._epochs, self._evaluations = state["epochs"], state["evaluations"]
+        self._best_weights = state["best_weights"]
+        self._seconds_before, self._epoch_seconds = state["seconds"], state["epoch_seconds"]
+        self._epoch_losses = MeanLoss.of(state["epoch_losses"])
+        self._recent_losses = MeanLoss.of(state["recent_losses"])
+        torch.set_rng_state(state["random"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"], self._device)
 
 
-def _evaluate(
-    classifier: PreTrainedModel, task: Task, protocol: Protocol, data: DeviceSplit
-) -> tuple[float, dict[str, float]]:
-    logits, labels = predict(classifier, data, protocol)
-    loss = _finite(_loss(logits, labels).item(), "evaluation")
-    return loss, compute(task.metrics, decide(task, logits), labels.numpy())
-
-
-@torch.inference_mode()
-def predict(
-    classifier: PreTrainedModel, data: DeviceSplit, protocol: Protocol
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The logits of all rows, in the split's order, and their labels.
-
-    Returns:
-        float32 [rows, outputs], and int64 or float32 [rows] or None, on the CPU.
-    """
-    classifier.eval()
-    rows, logits, labels = [], [], []
-    for batch in data.evaluation_batches(EVALUATION_BATCH_SIZE):
-        rows.append(batch.rows)
-        logits.append(logits_of(classifier, batch, protocol))
-        labels.append(batch.labels)
-    order = torch.from_numpy(np.argsort(np.concatenate(rows)))
-    all_labels = None if labels[0] is None else torch.cat(labels).cpu()[order]
-    return torch.cat(logits).cpu()[order], all_labels
-
-
-def decide(task: Task, logits: torch.Tensor) -> np.ndarray:
-    """Predicted class indices, or scores; [rows]."""
-    return (logits.argmax(dim=-1) if task.labels else logits.squeeze(-1)).numpy()
-
-
-def logits_of(classifier: PreTrainedModel, batch: Batch, protocol: Protocol) -> torch.Tensor:
-    """float32 [batch, outputs], in the protocol's precision inside."""
-    dtype = torch.float16 if protocol.precision == "fp16" else torch.bfloat16
-    device_type = batch.inputs["input_ids"].device.type
-    with torch.autocast(device_type, dtype, enabled=protocol.precision != "fp32"):
-        return _forward(protocol.compile)(classifier, batch.inputs).float()
-
-
-@functools.cache
-def _forward(compiled: bool) -> Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]:
-    """Compiled, the graph serves every trial of the process: it is the function's, not one classifier's."""
-
-    def forward(classifier: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return classifier(**inputs).logits
-
-    return torch.compile(forward, dynamic=True) if compiled else forward
-
-
-def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean squared error for scores, cross-entropy for classes."""
-    if labels.is_floating_point():
-        return functional.mse_loss(logits.squeeze(-1), labels)
-    return functional.cross_entropy(logits, labels)
-
-
-def _finite(loss: float, what: str) -> float:
-    if not math.isfinite(loss):
-        raise TrialFailure(f"the {what} loss is {loss}: the learning rate is too high, or the weights are damaged")
-    return loss
+def _bytes_of(optimizer: torch.optim.Optimizer) -> int:
+    """Of its state's tensors."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,15 +22,20 @@ from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
 from finetune.config import MNLI
-from finetune.kept_models import KeptModels, groups_by_start
+from finetune.kept_models import KeptModels, configuration_slug
+from finetune.losses import TrialFailure
 from finetune.model import Encoder, load_tokenizer
+from finetune.model_record import ModelRecord
+from finetune.selection import Group, by_group
 from finetune.study import Attempt, TrialStore
 from finetune.tasks import Task
 from finetune.tokens import load_tokens
-from finetune.trial import Cell, Protocol, TrialFailure, run_trial
+from finetune.trial import Cell, Protocol, run_trial
+from finetune.trial_files import TrialFiles
 
 DEVICE_BROKEN: Final = 3  # exit code of a worker whose GPU context is lost: another process can go on
 CANNOT_WRITE: Final = 4
+TRIALS_FOLDER: Final = "trials"
 _LOOK_SECONDS: Final = 2.0
 _RECORDED_PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -44,8 +49,12 @@ class Assignment:
     storage_url: str
     output_dir: Path
     model_folder: Path
+    model_name: str
+    """As reports tell it."""
     protocol: Protocol
     keep_models: bool
+    save_steps: int | None
+    logging_steps: int | None
     tasks: Mapping[str, Task]
     cells: Mapping[str, list[Cell]]
     """Of each task that this start of the grid runs."""
@@ -104,17 +113,21 @@ class Worker:
     def _run(self, attempt: Attempt) -> None:
         cell = attempt.cell
         task, protocol = self._assignment.tasks[cell.task_name], self._assignment.protocol
+        files = self._files_of(cell)
         try:
             encoder = self._mnli.encoder() if cell.initialization == "mnli" else self._encoder
             data = self._data_of(cell.task_name)
-            result, classifier = run_trial(task, cell, protocol, encoder, data, self._device)
+            result, classifier = run_trial(task, cell, protocol, encoder, data, self._device, files)
         except (TrialFailure, torch.OutOfMemoryError, MemoryError) as error:
             failure, device_is_broken = _one_line(error), False
+        except OSError as error:
+            _leave(CANNOT_WRITE, f"{cell} can't write: {error}")
         except Exception as error:  # a trial may fail in any way; the grid goes on
             # No later trial could use this process's GPU context.
             failure, device_is_broken = _one_line(error), self._device.type == "cuda"
         else:
             self._record(attempt, result, classifier)
+            files.end()
             return
         # Outside of the handlers, where the error held on to the trial's memory.
         self._free_memory()
@@ -130,16 +143,44 @@ class Worker:
         if not self._assignment.keep_models or cell.initialization == "random":
             self._store.finish(attempt, result)
             return
-        start = groups_by_start(self._assignment.cells[cell.task_name])[cell.initialization]
-        models = KeptModels(self._assignment.output_dir, start)
+        group = by_group(self._assignment.cells[cell.task_name])[Group.of(cell)]
+        models = KeptModels(self._assignment.output_dir, group)
         try:
             with models.locked():
                 scores = self._store.scores(cell.task_name)
-                models.keep(cell, {**scores, cell: result["score"]}, classifier, self._tokenizer)
+                models.keep(
+                    cell, {**scores, cell: result["score"]}, classifier, self._tokenizer, self._record_of(cell, result)
+                )
                 self._store.finish(attempt, result)
                 models.prune(self._store.scores(cell.task_name))
         except (OSError, SafetensorError) as error:  # the latter of a full disk
             _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
+
+    def _files_of(self, cell: Cell) -> TrialFiles:
+        assignment = self._assignment
+        folder = assignment.output_dir / TRIALS_FOLDER / cell.task_name / configuration_slug(cell) / f"seed-{cell.seed}"
+        return TrialFiles(folder, assignment.save_steps, assignment.logging_steps)
+
+    def _record_of(self, cell: Cell, result: dict[str, Any]) -> ModelRecord:
+        assignment, task = self._assignment, self._assignment.tasks[cell.task_name]
+        data = self._data_of(cell.task_name)
+        return ModelRecord(
+            base_model=assignment.model_name,
+            base_model_path=str(assignment.model_folder.resolve()),
+            task_name=task.task_name,
+            own_task=asdict(task.own) if task.own else None,
+            max_seq_length=assignment.protocol.max_seq_length,
+            rows={split: len(data[split]) for split in task.splits},
+            cell=asdict(cell),
+            protocol=asdict(assignment.protocol),
+            score=result["score"],
+            metric=task.selected_by,
+            metrics=result["epochs"][result["score_epoch_index"]]["metrics"],
+            epochs=result["epochs"],
+            seconds=result["seconds"],
+            device=result["device"],
+            versions=self._versions,
+        )
 
     def _data_of(self, task_name: str) -> dict[str, DeviceSplit]:
         if task_name not in self._data:
@@ -159,9 +200,12 @@ class MnliStart:
 
     def __init__(self, store: TrialStore, output_dir: Path, cells: Mapping[str, list[Cell]]) -> None:
         self._store = store
-        self._task_names = [name for name, task_cells in cells.items() if "mnli" in groups_by_start(task_cells)]
-        start = groups_by_start(cells[MNLI])["pretrained"] if self._task_names else []
-        self._models = KeptModels(output_dir, start)
+        self._task_names = [
+            name for name, task_cells in cells.items() if any(cell.initialization == "mnli" for cell in task_cells)
+        ]
+        groups = by_group(cells[MNLI]) if self._task_names else {}
+        pretrained = [group for (start, _), group in groups.items() if start == "pretrained"]
+        self._models = KeptModels(output_dir, pretrained[0] if pretrained else [])
         self._encoder: Encoder | None = None
 
     def folder(self) -> Path | None:

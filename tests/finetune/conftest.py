@@ -5,8 +5,12 @@ from random import Random
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizerFast
 
+from finetune.batches import DeviceSplit
+from finetune.examples import Examples, read_task
+from finetune.tasks import TASKS, Task
+from finetune.tokens import load_tokens, tokenize_split
 from run_glue_grid import main
 from tests.finetune.grids import arguments, write_config
 
@@ -67,6 +71,24 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(
+    glue_dir: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, DeviceSplit]]:
+    """Both small tasks as a trial takes them."""
+    tokenizer, cache = AutoTokenizer.from_pretrained(model_folder), tmp_path_factory.mktemp("cache")
+
+    def tokens(task: Task, examples: Examples) -> DeviceSplit:
+        return DeviceSplit(
+            load_tokens(tokenize_split(examples, task, tokenizer, "words", 32, cache)), torch.device("cpu")
+        )
+
+    return {
+        name: {split: tokens(TASKS[name], examples) for split, examples in read_task(TASKS[name], glue_dir).items()}
+        for name in ("sst2", "stsb")
+    }
 
 
 @pytest.fixture(scope="session")

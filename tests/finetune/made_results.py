@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.results import Results, make_results
@@ -12,7 +13,12 @@ PROTOCOL = {
     "max_seq_length": 128,
     "weight_decay": 0.1,
     "warmup_proportion": 0.06,
-    "precision": "fp32",
+    "warmup_steps": None,
+    "lr_schedule": "linear",
+    "max_gradient_norm": 1.0,
+    "gradient_accumulation_steps": 1,
+    "max_steps": None,
+    "eval_steps": None,
     "score_epoch": "last",
 }
 # Three seeds; learning rate 2e-5 has the highest single score, 3e-5 the highest median.
@@ -39,6 +45,8 @@ def trial(task_name: str, *scores: float, score_epoch: int = -1, mismatched: flo
             "epoch": epoch,
             "train_loss": 0.9 / epoch,
             "eval_loss": 1.0 / epoch,
+            "seconds": 4.0,
+            "eval_seconds": 0.5,
             "metrics": {
                 split: {
                     metric: (mismatched if place and mismatched is not None else score) - 0.01 * index
@@ -54,9 +62,12 @@ def trial(task_name: str, *scores: float, score_epoch: int = -1, mismatched: flo
         "score": scores[score_epoch_index],
         "score_epoch_index": score_epoch_index,
         "epochs": epochs,
+        "evaluations": [],
         "seconds": 12.5,
         "rows_per_second": 800.0,
         "device": "cpu",
+        "optimizer_bytes": 3 * 2**20,
+        "peak_memory_bytes": None,
         "worker": "worker 0",
         "attempt": 1,
         "versions": {"torch": "2.11.0", "transformers": "5.3.0"},
@@ -89,6 +100,7 @@ def results_of(
         "model_sha256": "abc123" * 8,
         "mnli_init": False,
         "protocol": PROTOCOL,
+        "precisions": ["fp32"],
         "rows": used,
         "limited_rows": {name: {} for name in cells},
         "tokens_per_row": dict.fromkeys(cells, 31.4),
@@ -111,3 +123,23 @@ def glue_results(scores: Sequence[float], lift: float = 0.0, **facts: Any) -> Re
         for cell in cells[name]:
             trials[cell] = trial(name, score / 100 + lift * (cell.initialization == "mnli"))
     return results_of(cells, trials, mnli_init="both" if lift else False, **facts)
+
+
+def with_baseline(task_name: str, penalty: float = 0.3, **options: Any) -> Results:
+    """A task with random weights beside, ``penalty`` lower."""
+    cells = {task_name: grid(task_name) + grid(task_name, "random")}
+    trials = {cell: table_trial(cell, penalty) for cell in cells[task_name]}
+    return results_of(cells, trials, **options)
+
+
+def with_variants() -> Results:
+    """RTE in three precisions, CoLA in fp32 alone."""
+    cells = {"rte": [], "cola": grid("cola", rates=(1e-5,))}
+    trials = {cell: table_trial(cell) for cell in cells["cola"]}
+    for precision, speed in (("fp32", 400), ("bf16", 1000), ("fp16", 100)):
+        for cell in grid("rte", rates=(1e-5, 3e-5)):
+            variant = replace(cell, precision=precision)
+            cells["rte"].append(variant)
+            score = table_trial(cell)["score"] - 0.1 * (precision == "bf16" and cell.learning_rate == 3e-5)
+            trials[variant] = {**trial("rte", score, score), "rows_per_second": speed}
+    return results_of(cells, trials)

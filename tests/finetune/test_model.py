@@ -61,7 +61,7 @@ def test_any_family_starts_from_its_weights_and_is_trained(
         for split, examples in read_task(task, glue_dir).items()
     }
     encoder = Encoder(folder)
-    cell, protocol = Cell("sst2", 1e-3, 16, 1, "pretrained", 1), Protocol(32, 0.1, 0.06, "fp32")
+    cell, protocol = Cell("sst2", 1e-3, 16, 1, "pretrained", 1), Protocol(32, 0.1, 0.06)
     before = encoder.new_classifier(task, "pretrained", torch.device("cpu")).state_dict()
     result, classifier = run_trial(task, cell, protocol, encoder, data, torch.device("cpu"))
     assert 0 <= result["score"] <= 1

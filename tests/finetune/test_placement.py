@@ -47,6 +47,6 @@ def test_without_a_gpu_all_workers_are_on_the_cpu():
 def test_processes_that_train_at_once_are_measured_together(model_folder: Path, glue_dir: Path, tmp_path: Path):
     task, tokenizer = TASKS["sst2"], AutoTokenizer.from_pretrained(model_folder)
     train = tokenize_split(read_split(task, "train", glue_dir), task, tokenizer, "words", 32, tmp_path)
-    cell, protocol = Cell("sst2", 1e-3, 8, 1, "pretrained", 1), Protocol(32, 0.1, 0.06, "fp32")
+    cell, protocol = Cell("sst2", 1e-3, 8, 1, "pretrained", 1), Protocol(32, 0.1, 0.06)
     assert run_probes(Probe(model_folder, protocol, task, cell, train, "cpu"), 2).rows_per_second > 0
     assert run_probes(Probe(tmp_path / "nowhere", protocol, task, cell, train, "cpu"), 2) is None

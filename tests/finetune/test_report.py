@@ -9,26 +9,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
 
 from common.page import MarkdownPage, Page
-from finetune.plots import curves_panels, grid_panels, rate_text, scores_panels
+from finetune.curves import chosen_panels
+from finetune.plots import grid_panels, scores_panels
 from finetune.report import add_content, write_report
 from finetune.results import Results
 from finetune.score_tables import latex_row, score_tables
-from finetune.tasks import TASKS
 from finetune.trial import Cell
 from tests.finetune.made_results import (
     PROTOCOL,
-    SCORES,
     TABLE_3,
     glue_results,
     grid,
     results_of,
     table_trial,
     trial,
+    with_baseline,
+    with_variants,
 )
 
 BERT_BASE = TABLE_3["BERT-base"][:-1]
@@ -56,12 +55,6 @@ def table_with(markdown: str, *columns: str) -> list[dict[str, str]]:
         if set(columns) <= set(header):
             return [dict(zip(header, row, strict=True)) for row in rows]
     raise AssertionError(f"no table has {columns}")
-
-
-def with_baseline(task_name: str, penalty: float = 0.3, **options: Any) -> Results:
-    cells = {task_name: grid(task_name) + grid(task_name, "random")}
-    trials = {cell: table_trial(cell, penalty) for cell in cells[task_name]}
-    return results_of(cells, trials, **options)
 
 
 def test_the_table_tells_medians_scatter_and_gain():
@@ -197,6 +190,7 @@ def test_the_majority_of_wnli_is_told_where_wnli_is():
 def test_times_are_sums_of_the_trials_own():
     cells = {"rte": grid("rte"), "cola": grid("cola", rates=(1e-5,))}
     rte, cola, total = table_with(markdown_of(results_of(cells)), "seconds a trial")
+    assert (rte["seconds an epoch"], rte["seconds an evaluation"]) == ("4.0", "0.5")
     assert (rte["trials"], rte["time (minutes)"], rte["share"], rte["seconds a trial"]) == (
         "9",
         "1.88",
@@ -211,10 +205,12 @@ def test_how_it_was_run_is_told():
     cells = grid("rte")
     trials = {cell: table_trial(cell) for cell in cells}
     trials[cells[0]].update(device="NVIDIA H200", versions={"torch": "2.12.0"}, finished_at="2026-02-01T09:00:00+00:00")
-    protocol = {**PROTOCOL, "precision": "bf16", "score_epoch": "best"}
+    protocol = {**PROTOCOL, "score_epoch": "best", "lr_schedule": "cosine", "warmup_steps": 100, "eval_steps": 50}
     markdown = markdown_of(results_of({"rte": cells}, trials, protocol=protocol))
     for text in (
-        "- **Precision:** bf16",
+        "- **Optimizer and precision:** AdamW, fp32",
+        "- **Training:** weight decay 0.1, learning rate rising over the first 100 steps, then falling along a cosine"
+        " to 0, gradients clipped to a norm of 1, evaluated every 50 steps too",
         "NVIDIA H200 (1 trial), cpu (8 trials)",
         "torch 2.12.0 and 2.11.0, transformers 5.3.0",
         "first trial 2026-02-01T09:00:00+00:00, last trial 2026-03-01T10:00:00+00:00",
@@ -231,7 +227,7 @@ def test_all_is_told_from_results_alone_even_of_tasks_that_the_package_does_not_
     markdown = markdown_of(results)
     assert table_with(markdown, "Reviews (accuracy)")[0]["Reviews (accuracy)"] == "60.0 ± 6.4"
     assert "GLUE" not in markdown.replace(results["benchmark"], "")
-    assert all(list(panels(results)) == ["Reviews"] for panels in (scores_panels, grid_panels, curves_panels))
+    assert all(list(panels(results)) == ["Reviews"] for panels in (scores_panels, grid_panels, chosen_panels))
 
 
 def test_a_latex_row_has_the_papers_columns_and_says_what_it_is():
@@ -316,7 +312,9 @@ def test_the_page_parses_and_refers_to_nothing_outside_itself(written: Path):
     elements = Elements(page)
     assert elements.open == []
     references = [value for _, name, value in elements.attributes if name in ("src", "href", "srcset", "action")]
-    assert len(references) == 8, "two tasks' scores, three grids, two curves (WNLI has none), pretraining"
+    assert len(references) == 11, (
+        "two tasks' scores, three grids, two chosen curves (WNLI has none), three of the others, pretraining"
+    )
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in references)
     assert not re.search(r"@import|url\(", elements.styles)
     assert not {tag for tag, _, _ in elements.attributes} & {"script", "link", "iframe", "object"}
@@ -343,7 +341,7 @@ def test_page_and_markdown_say_the_same(written: Path):
 
 def test_figures_lie_beside_the_report(written: Path):
     names = re.findall(r"!\[.*\]\((.*)\)", (written / "report.md").read_text())
-    assert names == ["scores.png", "grid.png", "curves.png", "pretraining.png"]
+    assert names == ["scores.png", "grid.png", "curves.png", "other-curves.png", "pretraining.png"]
     assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
@@ -352,58 +350,64 @@ def test_pretraining_is_told_when_the_model_tells_of_it(written: Path):
     assert "90 s of a budget of 90 s; 120 steps, 15,360 sequences; final validation loss 3.250" in markdown
 
 
-def test_every_seed_is_a_point_and_the_chosen_configuration_is_marked():
-    (figure,) = scores_panels(results_of({"rte": grid("rte")})).values()
-    (axes,) = figure.axes
-    groups = [group for group in axes.collections if isinstance(group, PathCollection)]
-    points = sorted(group.get_offsets()[:, 0].tolist() for group in groups)
-    assert points == [pytest.approx([100 * score for score in scores]) for scores in sorted(SCORES.values())]
-    assert all(len(set(group.get_offsets()[:, 1])) == 3 for group in groups), "equal scores would hide each other"
-    labels = {label.get_text(): label.get_fontweight() for label in axes.get_yticklabels()}
-    assert labels == {"1e-5 · 32 · 2": "normal", "2e-5 · 32 · 2": "normal", "3e-5 · 32 · 2": "bold"}
+def test_variants_are_compared_by_score_time_and_memory():
+    rows = table_with(markdown_of(with_variants()), "speed")
+    assert [(row["task"], row["variant"], row["speed"]) for row in rows] == [
+        ("RTE", "AdamW, fp32", "1.00 x"),
+        ("RTE", "AdamW, bf16", "2.50 x"),
+        ("RTE", "AdamW, fp16", "0.25 x"),
+    ]
+    assert [(row["configuration"], row["best"], row["mean"]) for row in rows[:2]] == [
+        ("3e-5 · 32 · 2", "70.0", "62.7"),
+        ("1e-5 · 32 · 2", "54.0", "52.0"),
+    ]
+    assert {row["optimizer (MiB)"] for row in rows} == {"3.0"}
+    assert {row["peak (MiB)"] for row in rows} == {"-"}
 
 
-def test_every_task_with_trials_has_a_panel():
-    names = list(TASKS)[:7]
-    panels = scores_panels(results_of({name: grid(name, rates=(1e-5,)) for name in names}))
-    assert list(panels) == [TASKS[name].title for name in names]
+def test_with_one_variant_there_is_nothing_to_compare():
+    assert "## Variants" not in markdown_of(results_of({"rte": grid("rte")}))
 
 
-def test_the_heat_map_has_each_configurations_median_and_leaves_out_tasks_with_one():
-    cells = {"rte": grid("rte") + grid("rte", "mnli"), "cola": grid("cola", rates=(1e-5,))}
-    panels = grid_panels(results_of(cells, mnli_init="both"))
-    assert list(panels) == ["RTE", "RTE from MNLI"]
-    texts = [text.get_text() for text in panels["RTE"].axes[0].texts]
-    assert texts == [f"{100 * np.median(SCORES[rate]):.1f}" for rate in sorted(SCORES)]
+def test_a_page_says_whose_scores_stand_first():
+    whose = "best configuration (AdamW, fp32; under Variants also AdamW, bf16; AdamW, fp16)"
+    assert whose in markdown_of(with_variants())
 
 
-def test_a_configuration_without_all_its_seeds_has_no_median_in_the_heat_map():
-    cells = grid("rte")
-    trials = {cell: table_trial(cell) for cell in cells[1:]}
-    (figure,) = grid_panels(results_of({"rte": cells}, trials)).values()
-    assert [text.get_text() for text in figure.axes[0].texts] == ["none", "55.0", "60.0"]
-    assert not figure.axes[0].patches, "no frame: nothing is chosen"
+def overfitted(cell: Cell, eval_losses: tuple[float, ...]) -> dict[str, Any]:
+    result = trial(cell.task_name, *([0.5] * (len(eval_losses) - 1)), table_trial(cell)["score"])
+    for epoch, loss in zip(result["epochs"], eval_losses, strict=True):
+        epoch["eval_loss"] = loss
+    return result
 
 
-def test_learning_curves_are_those_of_the_chosen_configurations_seeds():
-    (figure,) = curves_panels(results_of({"rte": grid("rte")})).values()
-    losses, scores = figure.axes
-    thin = [list(line.get_ydata()) for line in scores.lines if line.get_linewidth() < 1]
-    assert thin == [pytest.approx([100 * (score - 0.05), 100 * score]) for score in SCORES[3e-5]]
-    (thick,) = [list(line.get_ydata()) for line in scores.lines if line.get_linewidth() > 1]
-    assert thick == pytest.approx([55.0, 60.0])
-    assert {line.get_label() for line in losses.lines if line.get_linewidth() > 1} == {
-        "training loss",
-        "validation loss",
+def test_overfitting_is_named_for_each_configuration():
+    cells = grid("rte", rates=(2e-5, 3e-5))
+    eval_losses = {1: (0.9, 0.5, 0.7, 0.8), 2: (0.5, 0.6, 0.7, 0.9), 3: (0.9, 0.8, 0.7, 0.6)}
+    trials = {
+        cell: overfitted(cell, eval_losses[cell.seed] if cell.learning_rate == 3e-5 else (4.0, 3.0, 2.0, 1.0))
+        for cell in cells
     }
-    assert losses.get_ylabel() == "loss (nats)"
+    markdown = markdown_of(results_of({"rte": cells}, trials))
+    assert "RTE (3e-5 · 32 · 2): 2 of 3 seeds from epoch 2 to 3 on." in markdown
+    (row,) = table_with(markdown, "seeds that overfit")
+    assert (row["learning rate"], row["seeds that overfit"], row["from epoch"]) == ("3e-5 *", "2 of 3", "2 to 3")
+    assert row["validation loss"] == "0.500 to 0.850"
+    assert row["training loss"] == f"{(0.9 + 0.45) / 2:.3f} to {0.9 / 4:.3f}"
 
 
-@pytest.mark.parametrize(
-    ("rate", "text"), [(5e-5, "5e-5"), (1e-3, "1e-3"), (2.5e-5, "2.5e-5"), (0.1, "1e-1"), (1.0, "1e0")]
-)
-def test_learning_rates_are_short(rate: float, text: str):
-    assert rate_text(rate) == text
+def test_that_nothing_overfits_is_told_too():
+    markdown = markdown_of(results_of({"rte": grid("rte")}))
+    assert "RTE (3e-5 · 32 · 2): none of 3." in markdown
+    assert not any("seeds that overfit" in table[0] for table in tables_of(markdown))
+
+
+def test_replicates_tell_best_mean_and_deviation_of_every_metric():
+    rows = table_with(markdown_of(results_of({"mrpc": grid("mrpc")})), "best", "mean", "metric")
+    assert [(row["metric"], row["best"], row["mean"], row["deviation"], row["median"]) for row in rows] == [
+        ("F1 (selects)", "70.0", "62.7", "6.4", "60.0"),
+        ("accuracy", "69.0", "61.7", "6.4", "59.0"),
+    ]
 
 
 def paper_cells() -> Iterator[Cell]:
@@ -416,7 +420,7 @@ def paper_cells() -> Iterator[Cell]:
 
 
 @pytest.mark.slow
-def test_the_papers_whole_grid_is_a_page_below_five_megabytes(tmp_path: Path):
+def test_the_papers_whole_grid_is_a_page_below_ten_megabytes(tmp_path: Path):
     cells: dict[str, list[Cell]] = {}
     for cell in paper_cells():
         cells.setdefault(cell.task_name, []).append(cell)
@@ -426,4 +430,4 @@ def test_the_papers_whole_grid_is_a_page_below_five_megabytes(tmp_path: Path):
     }
     assert len(trials) == 780
     write_report(tmp_path, results_of(cells, trials))
-    assert (tmp_path / "report.html").stat().st_size < 5e6
+    assert (tmp_path / "report.html").stat().st_size < 10e6

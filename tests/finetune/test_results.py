@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
+from finetune.results import cell_of
 from finetune.trial import Cell
 from tests.finetune.made_results import (
     SCORES,
@@ -111,7 +112,7 @@ def test_there_is_no_average_without_one_of_its_tasks(name: str):
     cells: dict[str, list[Cell]] = {}
     trials = {}
     for record in complete["trials"]:
-        cell = Cell(**{field: record[field] for field in Cell.__dataclass_fields__})
+        cell = cell_of(record)
         cells.setdefault(cell.task_name, []).append(cell)
         trials[cell] = record
     trials.pop(cells[name][1])

@@ -79,7 +79,7 @@ COLA_AND_RTE = tuple(task for task in TASKS_HERE if task.task_name in ("cola", "
 
 
 def cell(task_name: str, initialization: str = "pretrained", seed: int = MEDIAN_SEED) -> Cell:
-    return Cell(task_name, **BEST, initialization=initialization, seed=seed)
+    return Cell(task_name, **BEST, initialization=initialization, seed=seed, precision="bf16")
 
 
 def keep_model(output_dir: Path, of: Cell, tokenizer_folder: Path, number: int) -> None:
@@ -110,13 +110,12 @@ def keep_model(output_dir: Path, of: Cell, tokenizer_folder: Path, number: int) 
 
 def starts(*initializations: str) -> dict[str, Any]:
     """A task's entry in results.json, as far as a submission goes."""
-    return {
-        "starts": {name: {"best": BEST, "median_seed": MEDIAN_SEED, "initialization": name} for name in initializations}
-    }
+    same = {"best": BEST, "median_seed": MEDIAN_SEED, "precision": "bf16", "optimizer": {"name": "adamw"}}
+    return {"starts": {name: {**same, "initialization": name} for name in initializations}}
 
 
 def write_results(output_dir: Path, tasks: Mapping[str, Any], mnli_init: bool | str = False) -> None:
-    protocol = Protocol(MAX_SEQ_LENGTH, weight_decay=0.1, warmup_proportion=0.06, precision="bf16")
+    protocol = Protocol(MAX_SEQ_LENGTH, weight_decay=0.1, warmup_proportion=0.06)
     results = {"model": "run/hf", "mnli_init": mnli_init, "protocol": asdict(protocol), "tasks": tasks}
     (output_dir / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
@@ -130,7 +129,7 @@ def edit_results(output_dir: Path, **changes: Any) -> None:
 def several_batches_on_the_cpu() -> Iterator[None]:
     """So that rows change places, and float32 predicts whatever precision the grid had."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.trial.EVALUATION_BATCH_SIZE", BATCH_SIZE)
+        patch.setattr("finetune.inference.EVALUATION_BATCH_SIZE", BATCH_SIZE)
         patch.setattr("torch.cuda.is_available", lambda: False)
         yield
 
@@ -207,7 +206,7 @@ def test_a_submission_passes_the_check_and_shows_what_it_is_made_of(
     assert again.read_bytes() == submission.read_bytes()
     output = capsys.readouterr()
     assert (
-        "| AX.tsv | 10 | mnli (pretrained, learning rate 3e-05, batch 16, 3 epochs, seed 2) | entailment: "
+        "| AX.tsv | 10 | mnli (pretrained, AdamW, bf16, learning rate 3e-05, batch 16, 3 epochs, seed 2) | entailment: "
         in output.out
     )
     assert str(again) in output.out
@@ -237,6 +236,8 @@ def test_the_record_tells_trial_and_predictions_of_each_file_and_whose_record_it
         "task_name": "mnli",
         **BEST,
         "initialization": "pretrained",
+        "precision": "bf16",
+        "optimizer": {"name": "adamw"},
         "seed": MEDIAN_SEED,
     }
     assert files["RTE.tsv"]["predictions"]["entailment"] == rows_of(submission, "RTE.tsv").count("entailment")
@@ -309,10 +310,6 @@ def break_results(grid: Path) -> None:
     (grid / "results.json").unlink()
 
 
-def make_results_old(grid: Path) -> None:
-    (grid / "results.json").write_text('{"tasks": {}}')
-
-
 def put_in_another_tasks_model(grid: Path) -> None:
     shutil.copytree(kept_folder(grid, cell("mnli")), kept_folder(grid, cell("rte")), dirs_exist_ok=True)
 
@@ -341,7 +338,6 @@ def cut_the_weights(grid: Path) -> None:
     ("damage", "message"),
     [
         (break_results, r"results.json does not exist: .*run the grid first"),
-        (make_results_old, "was written by an earlier version: python -m finetune report"),
         (put_in_another_tasks_model, "has 3 outputs: it is not RTE's"),
         (take_the_head, r"lacks weights \(such as classifier.weight\)"),
         (put_in_nan, "does not predict finite numbers"),

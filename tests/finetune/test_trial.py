@@ -4,17 +4,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
-from finetune.examples import Examples, read_task
+from finetune.inference import decide, predict
+from finetune.losses import TrialFailure
 from finetune.model import Encoder
-from finetune.tasks import TASKS, Task
-from finetune.tokens import load_tokens, tokenize_split
-from finetune.trial import Cell, Protocol, TrialFailure, decide, parameter_groups, predict, run_trial
+from finetune.tasks import TASKS
+from finetune.trial import Cell, Protocol, parameter_groups, run_trial
 
 CPU = torch.device("cpu")
-PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06, precision="fp32")
+PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06)
 Tasks = dict[str, dict[str, DeviceSplit]]
 
 
@@ -26,21 +26,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def tasks(glue_dir: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    tokenizer, cache = AutoTokenizer.from_pretrained(model_folder), tmp_path_factory.mktemp("cache")
-
-    def tokens(task: Task, examples: Examples) -> DeviceSplit:
-        return DeviceSplit(load_tokens(tokenize_split(examples, task, tokenizer, "words", 32, cache)), CPU)
-
-    return {
-        name: {split: tokens(TASKS[name], examples) for split, examples in read_task(TASKS[name], glue_dir).items()}
-        for name in ("sst2", "stsb")
-    }
+def cell(task_name="sst2", seed=1, num_epochs=2, initialization="pretrained", precision="fp32") -> Cell:
+    return Cell(task_name, 3e-3, 8, num_epochs, initialization, seed, precision)
 
 
-def cell(task_name: str = "sst2", seed: int = 1, num_epochs: int = 2, initialization="pretrained") -> Cell:
-    return Cell(task_name, 3e-3, 8, num_epochs, initialization, seed)
+def figures(result: dict) -> list[dict]:
+    """What the epochs brought, without their times."""
+    return [{name: epoch[name] for name in epoch if "seconds" not in name} for epoch in result["epochs"]]
 
 
 def train(cell: Cell, tasks: Tasks, encoder: Encoder, protocol: Protocol = PROTOCOL) -> tuple[dict, PreTrainedModel]:
@@ -54,7 +46,8 @@ def run(cell: Cell, tasks: Tasks, folder: Path, protocol: Protocol = PROTOCOL) -
 @pytest.mark.parametrize("initialization", ["pretrained", "random"])
 def test_the_same_cell_gives_the_same_figures_and_another_seed_others(initialization, tasks, model_folder: Path):
     encoder = Encoder(model_folder)
-    epochs = [train(cell(seed=seed, initialization=initialization), tasks, encoder)[0]["epochs"] for seed in (1, 2, 1)]
+    results = [train(cell(seed=seed, initialization=initialization), tasks, encoder)[0] for seed in (1, 2, 1)]
+    epochs = [figures(result) for result in results]
     assert epochs[0] == epochs[2]
     assert epochs[0] != epochs[1]
 
@@ -73,7 +66,9 @@ def test_scores_are_learned_by_regression(tasks, model_folder: Path):
 def test_the_last_epochs_score_counts_and_each_epoch_is_recorded(tasks, model_folder: Path):
     result = run(cell(), tasks, model_folder)
     assert [epoch["epoch"] for epoch in result["epochs"]] == [1, 2]
-    assert result["epochs"][0].keys() == {"epoch", "train_loss", "eval_loss", "metrics"}
+    assert figures(result)[0].keys() == {"epoch", "train_loss", "eval_loss", "metrics"}
+    times = [epoch["seconds"] + epoch["eval_seconds"] for epoch in result["epochs"]]
+    assert 0 < sum(times) <= result["seconds"]
     assert result["score"] == result["epochs"][1]["metrics"]["dev"]["accuracy"]
     assert result["score_epoch_index"] == 1
 
@@ -84,16 +79,16 @@ def test_the_best_epoch_counts_if_the_protocol_says_so_and_the_model_is_that_epo
     scores = [epoch["metrics"]["dev"]["accuracy"] for epoch in result["epochs"]]
     assert result["score"] == max(scores)
     assert result["score_epoch_index"] == scores.index(max(scores)) < 7, "an earlier epoch must be the best for this"
-    assert result["epochs"] == train(many, tasks, encoder)[0]["epochs"], "what is trained is the same"
-    logits, labels = predict(classifier, tasks["sst2"]["dev"], PROTOCOL)
+    assert figures(result) == figures(train(many, tasks, encoder)[0]), "what is trained is the same"
+    logits, labels = predict(classifier, tasks["sst2"]["dev"])
     assert (decide(TASKS["sst2"], logits) == labels.numpy()).mean() == max(scores)
 
 
 def test_half_precision_learns_too_and_keeps_float32_weights(tasks, model_folder: Path):
-    result, classifier = train(cell(num_epochs=10), tasks, Encoder(model_folder), replace(PROTOCOL, precision="bf16"))
+    result, classifier = train(cell(num_epochs=10, precision="bf16"), tasks, Encoder(model_folder))
     assert result["score"] >= 0.9
     assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32}
-    assert result["epochs"] != run(cell(num_epochs=10), tasks, model_folder)["epochs"]
+    assert figures(result) != figures(run(cell(num_epochs=10), tasks, model_folder))
 
 
 def test_pretrained_starts_from_the_folders_weights_and_random_from_none_of_them(model_folder: Path):

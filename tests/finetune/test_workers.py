@@ -8,10 +8,11 @@ from transformers import AutoTokenizer
 
 import finetune.workers as workers
 from finetune.examples import read_task
+from finetune.losses import TrialFailure
 from finetune.study import TrialStore
 from finetune.tasks import TASKS
 from finetune.tokens import tokenize_split
-from finetune.trial import Cell, Protocol, TrialFailure, run_trial
+from finetune.trial import Cell, Protocol, run_trial
 from finetune.workers import CANNOT_WRITE, Assignment, Worker
 
 CELLS = [Cell("sst2", rate, 8, 1, "pretrained", seed) for rate in (1e-3, 3e-3) for seed in (1, 2)]
@@ -28,14 +29,17 @@ def assignment(model_folder: Path, glue_dir: Path, tmp_path: Path) -> Assignment
     store = TrialStore(url)
     store.open_study("sst2", {}, {})
     store.enqueue_missing("sst2", dict.fromkeys(CELLS, 1.0))
-    protocol = Protocol(32, 0.1, 0.06, "fp32")
+    protocol = Protocol(32, 0.1, 0.06)
     return Assignment(
         name="worker 0",
         storage_url=url,
         output_dir=tmp_path,
         model_folder=model_folder,
+        model_name="run/hf",
         protocol=protocol,
         keep_models=True,
+        save_steps=None,
+        logging_steps=None,
         tasks={"sst2": task},
         cells={"sst2": CELLS},
         split_folders={"sst2": folders},
