@@ -244,7 +244,7 @@ class _Pruning:
                 states.append(state)
                 left = (len(seeds) - place) * self.plan.rounds - number
                 time_left = f", {duration((time.monotonic() - started) / num_run * left)}" if num_run else ""
-                print(f"{_told(seed, number, before, state)}; at most {left} rounds left{time_left}", flush=True)
+                print(f"{_told(seed, number, before, state)}; rounds left: at most {left}{time_left}", flush=True)
         return seeds
 
     def _measure_speed(self, states: list[State]) -> None:

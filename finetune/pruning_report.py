@@ -43,10 +43,8 @@ _HELD_OUT: Final = "from here on: the model itself was tuned on these rows too. 
 def _add_content(document: Document, results: Results, plots: Sequence[Plot]) -> None:
     document.paragraph(_statement(results))
     document.table(*_rounds_table(results))
-    num_seeds = len(results["seeds"])
-    document.paragraph(
-        f"After a round: median ± standard deviation over {num_seeds} seeds, of the newest state of each."
-    )
+    if len(results["seeds"]) > 1:
+        document.paragraph("Median ± standard deviation over the seeds; one that ended earlier counts as it ended.")
     for plot in plots:
         document.plot(plot)
     document.heading("Every seed")
@@ -60,8 +58,8 @@ def _statement(results: Results) -> str:
     before, after = results["before"], _last(results, results["median_seed"])
     if after is before:
         return (
-            f"Nothing was removed from the median seed's model: not one head could go at a cost of"
-            f" {results['plan']['tolerance']:g} points on held-out training rows."
+            "Nothing was removed from the median seed's model: not one head could go at a cost of at most"
+            f" {results['plan']['tolerance']:g} (metric x 100) on held-out training rows."
         )
     speeds = [f"{after['rows_per_second'][size] / before['rows_per_second'][size]:.2f}" for size in ("1", "32")]
     return (
@@ -118,14 +116,14 @@ def _facts(results: Results) -> dict[str, str]:
     plan = results["plan"]
     cell, rows = plan["cell"], results["rows"]
     held_out = round(plan["holdout"] * rows["train"])
-    cores = f", {results['num_threads']} threads" if results["num_threads"] else ""
+    threads = f" (threads: {results['num_threads']})" if results["num_threads"] else ""
     how_many = (
-        f"as many of the least important ones as cost no more than {plan['tolerance']:g} points of {_metric(results)}"
+        f"as many of the least important ones as cost no more than {plan['tolerance']:g} ({_metric(results)} x 100)"
         f" on {held_out:,} of {rows['train']:,} training rows, which the seed draws; found by bisection."
     )
     again = (
         f"on the other {rows['train'] - held_out:,} rows after each of up to {plan['rounds']} rounds: learning rate"
-        f" {cell['learning_rate']:g}, batch {cell['batch_size']}, {cell['num_epochs']} epochs, {cell['precision']};"
+        f" {cell['learning_rate']:g}, batch {cell['batch_size']}, epochs: {cell['num_epochs']}, {cell['precision']};"
         " the last epoch's score counts."
     )
     return {
@@ -133,8 +131,8 @@ def _facts(results: Results) -> dict[str, str]:
         "How many": how_many,
         "Held out": _HELD_OUT,
         "Fine-tuned again": again,
-        "Speed": f"in {cell['precision']} on {results['device']}{cores}, the same rows for all; each model is measured"
-        " in turn, five times, and the median counts.",
+        "Speed": f"in {cell['precision']} on {results['device']}{threads}, the same rows for all; each model is"
+        " measured in turn, five times, and the median counts.",
         "Model before": f"{results['model']}, tuned from {results['base_model']}.",
     }
 
