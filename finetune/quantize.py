@@ -336,7 +336,7 @@ def _bars_panel(title: str, groups: Mapping[str, tuple[float, float]], unit: str
     for place, (name, colour) in enumerate(_COLOURS.items()):
         heights = [values[place] for values in groups.values()]
         bars = axes.bar([index + 0.4 * (place - 0.5) for index in range(len(groups))], heights, 0.36, color=colour)
-        axes.bar_label(bars, [f"{name}\n{height:,.0f}" for height in heights], fontsize=8)
+        axes.bar_label(bars, [f"{name}\n{height:,.1f}" for height in heights], fontsize=8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set_ylabel(unit, fontsize=8)
