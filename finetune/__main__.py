@@ -12,10 +12,13 @@ from finetune.predict import predict_file, predict_texts
 from finetune.predictor import Predictor
 from finetune.prune import PruneConfig
 from finetune.prune import prune as prune_model
+from finetune.publish import publish_run
 from finetune.quantize import quantize_model
 from finetune.recorded import print_latex, print_status, recorded_config, render
 from finetune.submission import check_submission
 from finetune.submit import submit as write
+from finetune.train import train as run_train
+from finetune.train_flags import read_flags
 
 
 def report(argv: list[str]) -> None:
@@ -110,6 +113,26 @@ def predict(argv: list[str]) -> None:
         predict_file(predictor, *files, arguments.text_column, arguments.pair_column, arguments.batch_size)
 
 
+def publish(argv: list[str]) -> None:
+    """Send a tuned model, its records and a card made from them to the Hugging Face hub."""
+    parser = command_parser("python -m finetune publish", publish.__doc__ or "")
+    parser.add_argument("folder", type=str, help="output folder of train or of a grid, or any model with its record")
+    parser.add_argument("--repo_id", type=str, required=True, help="the repository on the hub: user/name")
+    parser.add_argument("--task_name", type=str, help="whose model, if the folder has several")
+    parser.add_argument("--private", action="store_true", help="make it a private repository")
+    parser.add_argument("--license", type=str, help="for the card, from the hub's list, such as apache-2.0")
+    parser.add_argument("--dry_run", action="store_true", help="show every file and the card, and send nothing")
+    arguments = parse(parser, argv)
+    publish_run(
+        Path(arguments.folder),
+        arguments.repo_id,
+        arguments.private,
+        arguments.task_name,
+        arguments.license,
+        arguments.dry_run,
+    )
+
+
 def quantize(argv: list[str]) -> None:
     """Make a tuned model's int8 form, and measure score, size and latency before and after."""
     parser = command_parser("python -m finetune quantize", quantize.__doc__ or "")
@@ -123,10 +146,17 @@ def quantize(argv: list[str]) -> None:
     quantize_model(arguments.model, Path(arguments.output_dir), glue_dir, arguments.task_name, not arguments.no_compile)
 
 
+def train(argv: list[str]) -> None:
+    """Fine-tune on a task or on your own data, once or with several seeds, with run_glue's flags."""
+    run_train(read_flags(argv))
+
+
 if __name__ == "__main__":
     commands = {
+        "train": train,
         "predict": predict,
         "prune": prune,
+        "publish": publish,
         "quantize": quantize,
         "report": report,
         "status": status,

@@ -11,7 +11,8 @@ from common.storage import refuse_password
 from finetune.inference import Precision
 from finetune.model import Initialization
 from finetune.optimizers import Optimizer
-from finetune.tasks import MNLI_SETS, TASKS, OwnTask, Task, own_task
+from finetune.own_task import OwnTask
+from finetune.tasks import MNLI_SETS, TASKS, Task, own_task
 from finetune.trial import MAX_GRADIENT_NORM, Cell, Schedule, ScoreEpoch
 
 STARTED_FROM_MNLI: Final = ("rte", "mrpc", "stsb")

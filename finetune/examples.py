@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from common.errors import UserError
+from finetune.own_task import OWN_FORMATS
 from finetune.tasks import HUB_DATASET, Task
 
 _ROWS_AT_ONCE: Final = 1000
@@ -96,6 +97,17 @@ def read_split(task: Task, split: str, glue_dir: Path | None) -> Examples:
         columns = task.hub_sentence_columns or columns
     label_column = task.label_column if path or task.own else "label"
     return _examples(task, table, columns, None if task.is_test(split) else label_column)
+
+
+def read_texts(task: Task, path: Path) -> Examples:
+    """The texts of a user's own file in the task's columns; labels, if it has any, are not looked at.
+
+    Raises:
+        UserError: the file, a column or a text is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a {', '.join(OWN_FORMATS)} file")
+    return _examples(task, file_table(path), task.sentence_columns, None)
 
 
 def require_files(wanted: Iterable[tuple[Task, str]], glue_dir: Path | None) -> None:

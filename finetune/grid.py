@@ -19,11 +19,12 @@ from finetune.examples import Examples, data_sha256, read_task, require_files
 from finetune.inference import Precision
 from finetune.kept_models import KeptModels
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
+from finetune.model_record import PRETRAINING_FILE
+from finetune.optimizers import check_memory
 from finetune.placement import Probe, cpu_workers, devices, threads_per_worker, trials_per_gpu
 from finetune.progress import priorities
 from finetune.ranks import Ranks, this_rank
 from finetune.recorded import refuse_missing, render, storage_url
-from finetune.report import PRETRAINING_FILE
 from finetune.selection import by_group
 from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
@@ -132,6 +133,7 @@ class _Preparation:
         self._model_name = _model_name(self._model_folder, model)
         self._tokenizer = load_tokenizer(self._model_folder)
         check_model(self._model_folder, self._tokenizer, config.max_seq_length)
+        self._check_memory()
         require_files([(config.tasks[name], split) for name in cells for split in config.tasks[name].splits], glue_dir)
         self._data = {name: read_task(config.tasks[name], glue_dir) for name in cells}
         self._all_rows = {
@@ -142,6 +144,16 @@ class _Preparation:
                 limits = config.max_train_rows if split == "train" else config.max_eval_rows
                 splits[split] = _first_rows(examples, limits.get(name))
         self._checksums = model_fingerprint(self._model_folder)
+
+    def _check_memory(self) -> None:
+        """Refuse optimizers whose state fits nowhere, before any work."""
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        wanted = self._config.trials_per_gpu if on_gpu else self._config.num_workers
+        num_at_a_time = wanted if isinstance(wanted, int) else 1
+        num_parameters = Encoder(self._model_folder).num_parameters
+        for optimizer in {cell.optimizer for task_cells in self._cells.values() for cell in task_cells}:
+            check_memory(optimizer, num_parameters, device, num_at_a_time)
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:

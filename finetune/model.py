@@ -130,7 +130,7 @@ class Encoder:
 
 def _head_config(task: Task) -> dict[str, Any]:
     """What the saved model tells others of its outputs."""
-    names = dict(enumerate(task.labels or ("score",)))
+    names = dict(enumerate(task.output_names))
     kind = "single_label_classification" if task.labels else "regression"
     return {"id2label": names, "label2id": {name: index for index, name in names.items()}, "problem_type": kind}
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from common.errors import UserError
 from common.folders import read_json, write_json
-from finetune.tasks import OwnTask, Task, find_task, own_task
+from finetune.own_task import OwnTask
+from finetune.tasks import Task, find_task, own_task
 
 RECORD_FILE: Final = "finetuning.json"
 PRETRAINING_FILE: Final = "pretraining.json"

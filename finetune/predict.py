@@ -18,8 +18,8 @@ from common.errors import UserError
 from common.folders import atomic_path
 from common.page import markdown_table
 from finetune.examples import Table, file_table, text_of
+from finetune.own_task import OWN_FORMATS
 from finetune.predictor import Predictor, Sentences
-from finetune.tasks import OWN_FORMATS
 
 PAIR_MARK: Final = " | "
 """Between a text and its pair on the command line."""

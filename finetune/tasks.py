@@ -4,19 +4,17 @@ File layouts and row counts are those of https://gluebenchmark.com; the metric t
 that "How to Train BERT with an Academic Budget" reports. A user's own task is a row of the same kind.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Final
 
 import numpy as np
 
 from common.errors import UserError
-from finetune.metrics import CLASS_METRICS, SCORE_METRICS, compute
+from finetune.metrics import compute
+from finetune.own_task import OwnTask
 
 HUB_DATASET: Final = "nyu-mll/glue"
-OWN_FORMATS: Final = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,15 @@ class Task:
     """The smallest and the largest score there is, where scores are bounded."""
     other_files: tuple[str, ...] = ()
     """Where else in the GLUE folder its only file may lie: nobody agreed on the diagnostic set's place."""
+    label_titles: tuple[str, ...] | None = None
+    """What saved models call their outputs, where the files' labels are mere numbers: the hub's names of them."""
     hub_config: str | None = None
     """Configuration of the hub's GLUE data set; None for a task that is not GLUE's."""
     hub_sentence_columns: tuple[str, ...] | None = None
     """Where they differ from ``sentence_columns``."""
     predicted_by: str | None = None
     """The task whose model predicts this one, which has no training rows of its own."""
-    own: "OwnTask | None" = None
+    own: OwnTask | None = None
     """A user's own task as it was given."""
 
     @property
@@ -99,6 +99,11 @@ class Task:
         """Outputs of the classifier: one per class, one for a score."""
         return len(self.labels) if self.labels else 1
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What a saved model calls its outputs."""
+        return self.label_titles or self.labels or ("score",)
+
     def is_test(self, split: str) -> bool:
         """Whether the split has no labels."""
         return any(split == test.name for test in self.test_splits)
@@ -115,6 +120,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("unacceptable", "acceptable"),
         metrics=("matthews", "accuracy"),
         official_rows={"train": 8551, "dev": 1043},
         test_splits=(TestSplit("test", "CoLA.tsv", 1063),),
@@ -128,6 +134,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("negative", "positive"),
         metrics=("accuracy",),
         official_rows={"train": 67349, "dev": 872},
         test_splits=(TestSplit("test", "SST-2.tsv", 1821),),
@@ -140,6 +147,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("#1 String", "#2 String"),
         label_column="Quality",
         labels=_BINARY,
+        label_titles=("not_equivalent", "equivalent"),
         metrics=("f1", "accuracy"),
         official_rows={"train": 3668, "dev": 408},
         test_splits=(TestSplit("test", "MRPC.tsv", 1725),),
@@ -166,6 +174,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("question1", "question2"),
         label_column="is_duplicate",
         labels=_BINARY,
+        label_titles=("not_duplicate", "duplicate"),
         metrics=("f1", "accuracy"),
         official_rows={"train": 363846, "dev": 40430},
         test_splits=(TestSplit("test", "QQP.tsv", 390965),),
@@ -222,6 +231,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence1", "sentence2"),
         label_column="label",
         labels=_BINARY,
+        label_titles=("not_entailment", "entailment"),
         metrics=("accuracy",),
         official_rows={"train": 635, "dev": 71},
         test_splits=(TestSplit("test", "WNLI.tsv", 146),),
@@ -234,6 +244,7 @@ _ALL_TASKS: Final = (
         sentence_columns=("sentence",),
         label_column="label",
         labels=_BINARY,
+        label_titles=("negative", "positive"),
         metrics=("accuracy",),
         official_rows={},
     ),
@@ -333,73 +344,14 @@ def majority_score(labels: np.ndarray, task: Task) -> float | None:
     return compute((task.selected_by,), np.full_like(labels, most_frequent), labels)[task.selected_by]
 
 
-@dataclass(frozen=True)
-class OwnTask:
-    """A task of the user's own: rows of one or two texts, each with a label or a score."""
-
-    task_name: str
-    """its name in the grid's list of tasks: small letters, digits and _"""
-    sentence_columns: list[str]
-    """the one or two columns of text"""
-    label_column: str
-    """the column of labels or scores"""
-    metrics: list[str]
-    """of classes: accuracy f1 matthews; of scores: pearson spearman; the first one selects a configuration"""
-    train: str
-    """training rows: a .csv, .tsv (no quoting) or .jsonl file; with a dataset, a split of it"""
-    dev: str
-    """evaluation rows: a file as for train; with a dataset, a split of it"""
-    labels: list[str | int | bool] | None = None
-    """the labels, in the order of the classifier's outputs; default: the label is a score (regression)"""
-    dataset: str | None = None
-    """a data set on the Hugging Face hub, or a folder of data files"""
-    dataset_config: str | None = None
-    """the data set's configuration"""
-
-    def __post_init__(self) -> None:
-        for problem in (self._problem_of_columns(), self._problem_of_labels(), self._problem_of_place()):
-            if problem:
-                raise ValueError(f"own task '{self.task_name}': {problem}")
-
-    def _problem_of_columns(self) -> str | None:
-        if not re.fullmatch(r"[a-z0-9_]+", self.task_name):
-            return "a task_name has small letters, digits and _ only"
-        if self.task_name in TASKS or self.task_name == AX.task_name:
-            return "there is a task of this name already"
-        if len(self.sentence_columns) not in (1, 2):
-            return f"sentence_columns names one or two columns, not {len(self.sentence_columns)}"
-        if len({*self.sentence_columns, self.label_column}) <= len(self.sentence_columns):
-            return "sentence_columns and label_column name the same column twice"
-        return None
-
-    def _problem_of_labels(self) -> str | None:
-        known = SCORE_METRICS if self.labels is None else CLASS_METRICS
-        if not self.metrics or any(name not in known for name in self.metrics):
-            of_what = "scores (no labels are given)" if self.labels is None else "classes"
-            return f"metrics must be of {' '.join(known)}, which are for {of_what}"
-        if self.labels is None:
-            return None
-        if any(isinstance(label, bool) for label in self.labels):
-            return "put quotes around labels like yes, no, true and false, which YAML takes for truth values"
-        if len(self.labels) < 2 or len(set(map(str, self.labels))) < len(self.labels):
-            return "labels must be at least two different ones"
-        if "f1" in self.metrics and len(self.labels) != 2:
-            return "f1 is of two labels, the second one counting: take accuracy or matthews"
-        return None
-
-    def _problem_of_place(self) -> str | None:
-        if self.train == self.dev:
-            return "train and dev are the same"
-        if self.dataset is not None:
-            return None
-        if self.dataset_config is not None:
-            return "dataset_config needs dataset"
-        wrong = [path for path in (self.train, self.dev) if PurePath(path).suffix not in OWN_FORMATS]
-        return f"{wrong[0]} does not end in {', '.join(OWN_FORMATS)}, and there is no dataset" if wrong else None
-
-
 def own_task(own: OwnTask) -> Task:
-    """The user's task as a row of the table."""
+    """The user's task as a row of the table.
+
+    Raises:
+        ValueError: its name is another task's.
+    """
+    if own.task_name in {**TASKS, **MNLI_SETS, AX.task_name: AX}:
+        raise ValueError(f"own task '{own.task_name}': there is a task of this name already")
     return Task(
         task_name=own.task_name,
         title=own.task_name,

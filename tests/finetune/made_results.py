@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.results import Results, make_results
@@ -122,3 +123,23 @@ def glue_results(scores: Sequence[float], lift: float = 0.0, **facts: Any) -> Re
         for cell in cells[name]:
             trials[cell] = trial(name, score / 100 + lift * (cell.initialization == "mnli"))
     return results_of(cells, trials, mnli_init="both" if lift else False, **facts)
+
+
+def with_baseline(task_name: str, penalty: float = 0.3, **options: Any) -> Results:
+    """A task with random weights beside, ``penalty`` lower."""
+    cells = {task_name: grid(task_name) + grid(task_name, "random")}
+    trials = {cell: table_trial(cell, penalty) for cell in cells[task_name]}
+    return results_of(cells, trials, **options)
+
+
+def with_variants() -> Results:
+    """RTE in three precisions, CoLA in fp32 alone."""
+    cells = {"rte": [], "cola": grid("cola", rates=(1e-5,))}
+    trials = {cell: table_trial(cell) for cell in cells["cola"]}
+    for precision, speed in (("fp32", 400), ("bf16", 1000), ("fp16", 100)):
+        for cell in grid("rte", rates=(1e-5, 3e-5)):
+            variant = replace(cell, precision=precision)
+            cells["rte"].append(variant)
+            score = table_trial(cell)["score"] - 0.1 * (precision == "bf16" and cell.learning_rate == 3e-5)
+            trials[variant] = {**trial("rte", score, score), "rows_per_second": speed}
+    return results_of(cells, trials)

@@ -7,7 +7,8 @@ import pytest
 
 from common.errors import UserError
 from finetune.examples import Examples, data_sha256, read_split, read_task, require_files
-from finetune.tasks import AX, TASKS, OwnTask, Task, own_task
+from finetune.own_task import OwnTask
+from finetune.tasks import AX, TASKS, Task, own_task
 
 SHARED_GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 MNLI_DEV = (

@@ -8,7 +8,8 @@ from sklearn import metrics as sklearn_metrics
 from common.cli import config_parser, parse, take_config
 from common.errors import UserError
 from finetune.metrics import CLASS_METRICS, SCORE_METRICS
-from finetune.tasks import AX, TASKS, OwnTask, benchmark_title, majority_score, own_task
+from finetune.own_task import OwnTask
+from finetune.tasks import AX, TASKS, benchmark_title, majority_score, own_task
 
 GLUE = [task for task in TASKS.values() if task.is_glue]
 SUBMISSION_ROWS = {  # https://gluebenchmark.com/submit, in the order of its sample
@@ -129,5 +130,5 @@ WRONG_OWN_TASKS = {
 def test_wrong_own_tasks_are_refused_by_name(case: str):
     changes, expected = WRONG_OWN_TASKS[case]
     with pytest.raises(ValueError, match=r"^own task '") as refusal:
-        OwnTask(**{**OWN, **changes})
+        own_task(OwnTask(**{**OWN, **changes}))
     assert expected in str(refusal.value)
