@@ -95,7 +95,7 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--output_file", type=str, help="the same columns and the predictions: .csv, .tsv or .jsonl")
     parser.add_argument("--text_column", type=str, help="default: the task's, else text, sentence or the only column")
     parser.add_argument("--pair_column", type=str, help="column of the second text; default: the task's")
-    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="rows computed at a time (default: 64)")
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="rows computed at a time")
     parser.add_argument("--max_seq_length", type=PositiveInt, help="tokens of a row; default: as the model was tuned")
     arguments = parse(parser, argv)
     of_file = (arguments.output_file, arguments.text_column, arguments.pair_column)

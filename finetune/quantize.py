@@ -259,7 +259,7 @@ def write_quantization_report(folder: Path, results: Results) -> None:
 
     def fill(document: Document) -> None:
         document.paragraph(statement(results))
-        document.table(["", "float32", "int8", "int8 : float32"], _rows(results))
+        document.table(["", "float32", "int8", "int8 against float32"], _rows(results))
         document.facts(_facts(results))
         document.plot(plot)
 
@@ -305,16 +305,16 @@ def _rows(results: Results) -> list[list[str]]:
                     f"{METRIC_TITLES[name]} x 100, {split}",
                     f"{100 * score:.2f}",
                     f"{100 * quantized:.2f}",
-                    f"{100 * (quantized - score):+.2f}",
+                    f"{100 * (quantized - score):+.2f} points",
                 ]
             )
-    size = after["file_bytes"] / before["file_bytes"]
-    rows.append(["file of weights, MB", _megabytes(before), _megabytes(after), f"{size:.2f}"])
+    size = f"{after['file_bytes'] / before['file_bytes']:.2f} times"
+    rows.append(["file of weights, MB", _megabytes(before), _megabytes(after), size])
     rows.append(["parameters", *(f"{of['parameters']:,}" for of in (before, after)), ""])
     rows.append(["of them int8", *(f"{of['int8_weights']:,}" for of in (before, after)), ""])
     for mode, batch_size, times in _timed(results):
         figures = [f"{1000 * seconds:.1f}" for seconds in times]
-        rows.append([f"{_place(mode, batch_size)}, ms", *figures, f"{times[1] / times[0]:.2f}"])
+        rows.append([f"{_place(mode, batch_size)}, ms", *figures, f"{times[1] / times[0]:.2f} times"])
     return rows
 
 
@@ -336,7 +336,7 @@ def _bars_panel(title: str, groups: Mapping[str, tuple[float, float]], unit: str
     for place, (name, colour) in enumerate(_COLOURS.items()):
         heights = [values[place] for values in groups.values()]
         bars = axes.bar([index + 0.4 * (place - 0.5) for index in range(len(groups))], heights, 0.36, color=colour)
-        axes.bar_label(bars, [f"{name}\n{height:,.0f}" for height in heights], fontsize=8)
+        axes.bar_label(bars, [f"{name}\n{height:,.1f}" for height in heights], fontsize=8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set_ylabel(unit, fontsize=8)

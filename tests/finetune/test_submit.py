@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from common.errors import UserError
 from finetune.kept_models import kept_folder
+from finetune.optimizers import Optimizer
 from finetune.submission import SUBMITTED, check_submission
 from finetune.submit import submit
 from finetune.tasks import TASKS, Task
@@ -237,7 +238,7 @@ def test_the_record_tells_trial_and_predictions_of_each_file_and_whose_record_it
         **BEST,
         "initialization": "pretrained",
         "precision": "bf16",
-        "optimizer": {"name": "adamw"},
+        "optimizer": asdict(Optimizer()),
         "seed": MEDIAN_SEED,
     }
     assert files["RTE.tsv"]["predictions"]["entailment"] == rows_of(submission, "RTE.tsv").count("entailment")
