@@ -11,12 +11,13 @@ A step's gradient g is the window's newest row, g = G^T e, for which the paper's
 so that a step costs two products of the window with a vector, O(m d), and O(m^3) on the small matrix.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
 
-_CPU_COLUMNS: Final = 4096  # of the window, taken at a time: sums stay exact enough, and a block in a cache
+_CPU_COLUMNS: Final = 4096  # of a block: sums over them stay exact enough, and a block in a cache
 _GPU_ELEMENTS: Final = 2**26  # there sums are trees anyway, and calls are what costs
 _ROUNDINGS: Final = 64  # what sums may be off by, in units of their dtype's precision
 _WINDOW: Final = "window"
@@ -34,9 +35,10 @@ class MFAC(torch.optim.Optimizer):
     what such sums may be off by, 8e-6 of the window's largest squared norm (published settings, norms clipped to 1:
     m damp is 1e-3); otherwise the noise in equal gradients would be taken for curvature.
 
-    The state is one entry, ``state["window"]``: ``gradients`` [num_grads, d], its ``units`` float64 [num_grads],
-    ``gram`` float64 [num_grads, num_grads] of the gradients as they are kept, and ``num_seen``. All of it is allocated
-    in the first step, on the parameters' device, so that a state that is loaded before needs no room for two.
+    The state is one entry, ``state["window"]``: ``gradients`` [blocks, num_grads, columns], so that a product with a
+    block reads one stretch of memory; its ``units`` float64 [num_grads]; ``gram`` float64 [num_grads, num_grads] of the
+    gradients as they are kept; and ``num_seen``. All of it is allocated in the first step, on the parameters' device,
+    so that a state that is loaded before needs no room for two.
     """
 
     def __init__(
@@ -91,18 +93,24 @@ class MFAC(torch.optim.Optimizer):
         if _WINDOW not in self.state:
             return  # saved before the first step
         window, device = self.state[_WINDOW], self._parameters[0].device
-        found, expected = window["gradients"], (self._num_grads, sum(self._sizes), self._dtype)
+        found, expected = window["gradients"], (*self._window_shape(), self._dtype)
         if (*found.shape, found.dtype) != expected:
             raise ValueError(f"the state's window is {(*found.shape, found.dtype)}, the optimizer's {expected}")
         self.state[_WINDOW] = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in window.items()
         }
 
+    def _window_shape(self) -> tuple[int, int, int]:
+        """Blocks, gradients, columns of a block: hardly more columns in all than there are weights."""
+        num_weights, on_cpu = sum(self._sizes), self._parameters[0].device.type == "cpu"
+        num_blocks = math.ceil(num_weights / (_CPU_COLUMNS if on_cpu else max(1, _GPU_ELEMENTS // self._num_grads)))
+        return num_blocks, self._num_grads, math.ceil(num_weights / num_blocks)
+
     def _window(self) -> dict[str, Any]:
         if _WINDOW not in self.state:
             num_grads, place = self._num_grads, {"device": self._parameters[0].device}
             self.state[_WINDOW] = {
-                "gradients": torch.zeros(num_grads, sum(self._sizes), dtype=self._dtype, **place),
+                "gradients": torch.zeros(self._window_shape(), dtype=self._dtype, **place),
                 "units": torch.ones(num_grads, dtype=torch.float64, **place),
                 "gram": torch.zeros(num_grads, num_grads, dtype=torch.float64, **place),
                 "num_seen": 0,
@@ -110,18 +118,18 @@ class MFAC(torch.optim.Optimizer):
         return self.state[_WINDOW]
 
     def _add_gradient(self) -> tuple[int, int]:
-        """Write the gradient over the oldest row, straight from where it lies; that row, and how many are in use."""
+        """Write the gradient over the oldest row; that row, and how many are in use."""
         window = self._window()
         gradients, row = window["gradients"], window["num_seen"] % self._num_grads
         window["num_seen"] += 1
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
-        exponent = torch.frexp(norm / gradients.shape[1] ** 0.5).exponent  # elements become about 1 in size
+        num_blocks, _, num_columns = gradients.shape
+        gradient = torch.zeros(num_blocks * num_columns, dtype=self._sum_dtype, device=gradients.device)
+        for parameter, piece in zip(self._parameters, gradient[: sum(self._sizes)].split(self._sizes), strict=True):
+            if parameter.grad is not None:
+                piece.view_as(parameter).copy_(parameter.grad)
+        exponent = torch.frexp(gradient.norm() / len(gradient) ** 0.5).exponent  # elements become about 1 in size
         window["units"][row] = torch.exp2(exponent.double())
-        for parameter, kept in zip(self._parameters, gradients[row].split(self._sizes), strict=True):
-            if parameter.grad is None:
-                kept.zero_()
-            else:
-                torch.mul(parameter.grad, torch.exp2(-exponent.to(norm.dtype)), out=kept.view_as(parameter))
+        gradients[:, row] = gradient.mul_(torch.exp2(-exponent.to(gradient.dtype))).view(num_blocks, num_columns)
         return row, min(window["num_seen"], self._num_grads)
 
     def _coefficients(self, row: int, num_rows: int) -> torch.Tensor:
@@ -129,7 +137,7 @@ class MFAC(torch.optim.Optimizer):
         window = self._window()
         units, gram = window["units"][:num_rows], window["gram"]
         products = torch.zeros_like(units)
-        for _, block in self._blocks(num_rows):
+        for block in self._blocks(num_rows):
             products += torch.mv(block, block[row])
         gram[row, :num_rows] = gram[:num_rows, row] = products * units * units[row]
         system = gram[:num_rows, :num_rows].clone()
@@ -143,21 +151,20 @@ class MFAC(torch.optim.Optimizer):
     def _combine(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The sum of the kept rows, each times its coefficient, [d]."""
         gradients, weights = self._window()["gradients"], coefficients.to(self._sum_dtype)
-        combined = torch.empty(gradients.shape[1], dtype=self._sum_dtype, device=gradients.device)
-        for columns, block in self._blocks(len(coefficients)):
-            torch.mv(block.T, weights, out=combined[columns])
-        return combined
+        combined = torch.empty(len(gradients), gradients.shape[2], dtype=self._sum_dtype, device=gradients.device)
+        for block, columns in zip(self._blocks(len(weights)), combined, strict=True):
+            torch.mv(block.T, weights, out=columns)
+        return combined.flatten()[: sum(self._sizes)]
 
-    def _blocks(self, num_rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The window in blocks of columns: where, and [num_rows, columns] in the dtype of sums.
+    def _blocks(self, num_rows: int) -> Iterator[torch.Tensor]:
+        """The rows in use, block by block, [num_rows, columns] in the dtype of sums.
 
-        Rows of 16 bits are converted block by block, into one small buffer: valid until the next block.
+        Rows of 16 bits are converted one block at a time, into one small buffer: valid until the next block.
         """
         gradients = self._window()["gradients"]
-        width = _CPU_COLUMNS if gradients.device.type == "cpu" else max(1, _GPU_ELEMENTS // num_rows)
-        converts = gradients.dtype != self._sum_dtype
-        buffer = torch.empty(num_rows * width if converts else 0, dtype=self._sum_dtype, device=gradients.device)
-        for start in range(0, gradients.shape[1], width):
-            columns = slice(start, start + width)
-            block = gradients[:num_rows, columns]
-            yield columns, buffer[: block.numel()].view(block.shape).copy_(block) if converts else block
+        if gradients.dtype == self._sum_dtype:
+            yield from gradients[:, :num_rows]
+            return
+        buffer = torch.empty(num_rows, gradients.shape[2], dtype=self._sum_dtype, device=gradients.device)
+        for block in gradients[:, :num_rows]:
+            yield buffer.copy_(block)

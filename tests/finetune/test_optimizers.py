@@ -55,7 +55,7 @@ def test_mfac_is_built_with_its_arguments() -> None:
     parameters = new_parameters()
     built = Optimizer("mfac", num_grads=5, gradient_dtype="bf16").build(groups(parameters), 0.25)
     step_of(built, parameters)
-    assert built.state["window"]["gradients"].shape == (5, 37)
+    assert built.state["window"]["gradients"].shape == (1, 5, 37)
     assert built.state["window"]["gradients"].dtype == torch.bfloat16
     assert [(group["lr"], group["weight_decay"]) for group in built.param_groups] == [(0.25, 0.1), (0.25, 0.0)]
 
