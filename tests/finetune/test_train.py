@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -51,8 +53,6 @@ def read(folder: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def glue_with_test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from random import Random
-
     folder, random = write_small_tasks(tmp_path_factory.mktemp("glue")), Random(1)
     texts = [sentence(random, random.choice((GOOD, BAD))) for _ in range(9)]
     write_rows(
@@ -240,24 +240,34 @@ def test_own_data_are_a_task(model_folder: Path, glue_with_test_set: Path, tmp_p
         assert (tmp_path / "again" / "O" / name / "config.json").exists()
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(command: list[str], tmp_path: Path):
-    def start(output_dir: Path) -> subprocess.Popen:
-        flags = [*command[:-1], str(output_dir), "--num_seeds", "1", "--num_train_epochs", "60"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "finetune", "train", *flags], cwd=REPOSITORY, start_new_session=True
-        )
+@contextlib.contextmanager
+def started(flags: list[str], output_dir: Path) -> Iterator[subprocess.Popen]:
+    """The command as a process group of its own, which does not outlive the test."""
+    argv = [sys.executable, "-m", "finetune", "train", *flags, "--output_dir", str(output_dir)]
+    process = subprocess.Popen(argv, cwd=REPOSITORY, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    assert start(tmp_path / "undisturbed").wait(timeout=200) == 0
-    process, deadline = start(tmp_path / "killed"), time.monotonic() + 200
-    while not list((tmp_path / "killed").rglob("checkpoint.pt")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it was killed before its end"
-    checkpoint = next((tmp_path / "killed").rglob("checkpoint.pt"))
-    assert 0 < torch.load(checkpoint, weights_only=True)["training"]["step_number"] < 360
-    assert start(tmp_path / "killed").wait(timeout=200) == 0
-    folders = (tmp_path / "undisturbed", tmp_path / "killed")
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(command: list[str], tmp_path: Path):
+    flags = [*command[:-2], "--num_seeds", "1", "--num_train_epochs", "20"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    with started(flags, undisturbed) as process:
+        assert process.wait(timeout=140) == 0
+    with started(flags, killed):
+        deadline = time.monotonic() + 140
+        while not list(killed.rglob("checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    (checkpoint,) = killed.rglob("checkpoint.pt")
+    assert 0 < torch.load(checkpoint, weights_only=True)["training"]["step_number"] < 120, "killed on the way"
+    assert not (killed / "config.json").exists()
+    with started(flags, killed) as process:
+        assert process.wait(timeout=140) == 0
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (undisturbed, killed))
     assert first == second
