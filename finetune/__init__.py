@@ -6,4 +6,9 @@ work by ``crew.py``) claim the trials, start each from the weights of ``model.py
 ``batches.py``, scored by ``metrics.py``), keep its model while it may be the best (``kept_models.py``) and record it.
 ``results.py`` turns the storage into ``results.json``, ``report.py`` turns that into the report, and ``submit.py``
 turns the kept models into a submission for GLUE's server.
+
+A single run (``train.py``) is a grid of one configuration. What it and grids make, ``predict.py``, ``prune.py``,
+``quantize.py`` and ``publish.py`` take, by the record that lies beside each model (``model_record.py``).
 """
+
+import common as common  # first in a worker process too, which quietens libraries before they are imported

@@ -14,6 +14,7 @@ from finetune.study import Attempt, TrialStore
 from finetune.tasks import Task
 from finetune.trial import Cell
 
+_SHARES_SHOWN: Final = 4
 _BACKWARD: Final = 2  # a backward pass costs about two forward passes
 
 
@@ -52,7 +53,7 @@ class Progress:
 
     tasks: dict[str, TaskProgress]
     seconds_left: float | None
-    """Until the last trial ends, with as many at a time as now; None before the first has ended."""
+    """Until the last trial ends, with as many at a time as now; None before any has come to its steps."""
 
     @property
     def num_done(self) -> int:
@@ -74,7 +75,9 @@ class Progress:
         left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         best = [f"{task.title} {100 * task.best:.1f}" for task in self.tasks.values() if task.best is not None]
         best_so_far = f"; best medians so far: {', '.join(best)}" if best else ""
-        return f"{self.num_done} of {self.num_trials} trials done, {len(self.running)} running{left}{best_so_far}"
+        shares = ", ".join(f"{attempt.share:.0%}" for attempt in self.running[:_SHARES_SHOWN] if attempt.share)
+        running = f"{len(self.running)} running" + (f" ({shares})" if shares else "")
+        return f"{self.num_done} of {self.num_trials} trials done, {running}{left}{best_so_far}"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """One row per task: header and rows."""
@@ -133,21 +136,24 @@ def _seconds_left(
     spent: Counter[tuple[str, str]] = Counter()
     paid: Counter[tuple[str, str]] = Counter()
     left: Counter[tuple[str, str]] = Counter()
+    attempts = {attempt.cell: attempt for task_attempts in running.values() for attempt in task_attempts}
     for name, task_cells in cells.items():
         for cell in task_cells:
             kind, cost = (name, cell.variant), trial_cost(cell, num_tokens[name])
-            if cell in done[name]:
-                spent[kind] += done[name][cell]["seconds"]
-                paid[kind] += cost
-            else:
-                left[kind] += cost
-    if not paid:
+            share = 1.0 if cell in done[name] else attempts[cell].share if cell in attempts else 0.0
+            paid[kind] += cost * share
+            left[kind] += cost * (1 - share)
+            if share:
+                spent[kind] += done[name][cell]["seconds"] if cell in done[name] else _elapsed_seconds(attempts[cell])
+    if not paid.total():
         return None
     overall = spent.total() / paid.total()
-    seconds_left = sum(cost * (spent[kind] / paid[kind] if paid[kind] else overall) for kind, cost in left.items())
-    attempts = [attempt for attempts in running.values() for attempt in attempts]
-    already = sum((datetime.now() - attempt.started).total_seconds() for attempt in attempts if attempt.started)
-    return max(0.0, seconds_left - already) / max(1, len(attempts))
+    seconds = sum(cost * (spent[kind] / paid[kind] if paid[kind] else overall) for kind, cost in left.items())
+    return seconds / max(1, len(attempts))
+
+
+def _elapsed_seconds(attempt: Attempt) -> float:
+    return (datetime.now() - attempt.started).total_seconds() if attempt.started else 0.0
 
 
 def duration(seconds: float) -> str:

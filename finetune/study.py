@@ -45,6 +45,8 @@ class Attempt:
     worker: str | None = None
     started: datetime | None = None
     """When it was claimed, by the clock of the machine that claimed it."""
+    share: float = 0.0
+    """Of its optimizer steps, done as last told."""
 
 
 class TrialStore:
@@ -148,6 +150,13 @@ class TrialStore:
         """Show signs of life of a trial meanwhile."""
         return self._shared.heartbeat(self._trial_id(attempt.cell.task_name, attempt.number))
 
+    def tell_share(self, attempt: Attempt, share: float) -> None:
+        """Note what share of a running trial's steps is done, for those who look on."""
+        trial_id = self._trial_id(attempt.cell.task_name, attempt.number)
+        # Given back to others meanwhile, or a storage that is busy for once: no reason for a trial to fail.
+        with contextlib.suppress(optuna.exceptions.OptunaError):
+            self._storage.set_trial_user_attr(trial_id, "share", share)
+
     def finish(self, attempt: Attempt, result: Mapping[str, Any]) -> bool:
         """Record a trial's result, which holds its ``score``; False if it had been given back to others meanwhile."""
         return self._end(attempt, TrialState.COMPLETE, result["score"], result=result)
@@ -242,6 +251,7 @@ def _attempt(task_name: str, trial: FrozenTrial) -> Attempt:
         attributes["kills"],
         attributes.get("worker"),
         trial.datetime_start,
+        attributes.get("share", 0.0),
     )
 
 

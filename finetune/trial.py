@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 from typing import Protocol as Interface
@@ -93,6 +93,7 @@ def run_trial(
     data: Mapping[str, DeviceSplit],
     device: torch.device,
     files: TrialFiles | None = None,
+    on_step: Callable[[float], None] | None = None,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Fine-tune, and evaluate after each epoch; the score is the last epoch's, or the best one's if the protocol says.
 
@@ -107,6 +108,7 @@ def run_trial(
         data: the task's training split and evaluation splits, on ``device``.
         device: where to compute.
         files: where it keeps checkpoints and TensorBoard files, and goes on from the newest checkpoint.
+        on_step: told after each step what share of all steps is done.
 
     Returns:
         The result and the classifier that has this score. The result: ``score`` (a fraction) and ``score_epoch_index``,
@@ -120,7 +122,8 @@ def run_trial(
     torch.manual_seed(cell.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trial = _Trial(task, cell, protocol, encoder.new_classifier(task, cell.initialization, device), data, device, files)
+    classifier = encoder.new_classifier(task, cell.initialization, device)
+    trial = _Trial(task, cell, protocol, classifier, data, device, files, on_step)
     return trial.run(), trial.classifier
 
 
@@ -205,10 +208,11 @@ class _Trial:
         data: Mapping[str, DeviceSplit],
         device: torch.device,
         files: TrialFiles | None,
+        on_step: Callable[[float], None] | None,
     ) -> None:
         self.classifier = classifier
         self._task, self._cell, self._protocol = task, cell, protocol
-        self._data, self._device, self._files = data, device, files
+        self._data, self._device, self._files, self._on_step = data, device, files, on_step
         self._training = Training(classifier, cell, protocol, data["train"], device)
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of starts that were interrupted
@@ -257,6 +261,8 @@ class _Trial:
             loss = training.step(batch)
             for losses in (self._epoch_losses, self._recent_losses, self._logged_losses):
                 losses.add(loss, len(batch.rows))
+            if self._on_step:
+                self._on_step(training.step_number / training.num_steps)
             if training.step_number < last and self._is_something_due():
                 self._epoch_losses.state()  # waits for the device, so that the time is right
                 self._epoch_seconds += time.monotonic() - since

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.process import BaseProcess
@@ -37,6 +37,7 @@ DEVICE_BROKEN: Final = 3  # exit code of a worker whose GPU context is lost: ano
 CANNOT_WRITE: Final = 4
 TRIALS_FOLDER: Final = "trials"
 _LOOK_SECONDS: Final = 2.0
+_TELL_SECONDS: Final = 3.0
 _RECORDED_PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -117,7 +118,8 @@ class Worker:
         try:
             encoder = self._mnli.encoder() if cell.initialization == "mnli" else self._encoder
             data = self._data_of(cell.task_name)
-            result, classifier = run_trial(task, cell, protocol, encoder, data, self._device, files)
+            tell = self._teller(attempt)
+            result, classifier = run_trial(task, cell, protocol, encoder, data, self._device, files, tell)
         except (TrialFailure, torch.OutOfMemoryError, MemoryError) as error:
             failure, device_is_broken = _one_line(error), False
         except OSError as error:
@@ -155,6 +157,18 @@ class Worker:
                 models.prune(self._store.scores(cell.task_name))
         except (OSError, SafetensorError) as error:  # the latter of a full disk
             _leave(CANNOT_WRITE, f"the model of {cell} can't be kept: {error}")
+
+    def _teller(self, attempt: Attempt) -> Callable[[float], None]:
+        """Tells those who look on how far the trial is, now and then."""
+        next_time = time.monotonic() + _TELL_SECONDS
+
+        def tell(share: float) -> None:
+            nonlocal next_time
+            if time.monotonic() >= next_time:
+                self._store.tell_share(attempt, share)
+                next_time = time.monotonic() + _TELL_SECONDS
+
+        return tell
 
     def _files_of(self, cell: Cell) -> TrialFiles:
         assignment = self._assignment

@@ -2,6 +2,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import optuna
@@ -9,7 +10,9 @@ import pytest
 
 from common.errors import UserError
 from common.folders import file_lock
+from finetune.progress import look
 from finetune.study import MAX_ATTEMPTS, Attempt, TrialStore
+from finetune.tasks import TASKS
 from finetune.trial import Cell
 
 CELLS = [Cell("rte", rate, 32, 3, "pretrained", seed) for rate in (1e-5, 3e-5) for seed in (1, 2, 3)]
@@ -164,3 +167,24 @@ def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path: Path):
         pass
     with file_lock(tmp_path / "lock", blocking=False):
         pass
+
+
+def test_a_running_trial_tells_how_far_it_is_and_what_is_left_follows_from_it(store: TrialStore):
+    """Two of six trials run: one that is half done after ten minutes, one that is to begin."""
+    store.open_study("rte", FINGERPRINT, {"num_tokens": {"train": 100, "dev": 10}})
+    half_done, _ = (store.claim(["rte"], f"worker {number}") for number in range(2))
+    store.tell_share(half_done, 0.5)
+    running = store.running(["rte"])
+    assert [attempt.share for attempt in running] == [0.5, 0.0]
+    early = {"rte": [replace(attempt, started=attempt.started - timedelta(minutes=10)) for attempt in running]}
+    store.running = lambda task_names: [attempt for name in task_names for attempt in early[name]]
+    progress = look(store, TASKS, {"rte": CELLS})
+    assert progress.seconds_left == pytest.approx((0.5 + 5) * 20 * 60 / 2, rel=0.01)
+    assert progress.line().startswith("0 of 6 trials done, 2 running (50%), 55 min left")
+
+
+def test_what_a_trial_tells_when_it_is_no_longer_its_own_is_dropped(store: TrialStore):
+    attempt = store.claim(["rte"], "worker 0")
+    store.give_back(attempt)
+    store.tell_share(attempt, 0.5)
+    assert len(store.waiting(["rte"])) == len(CELLS)
