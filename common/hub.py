@@ -1,14 +1,19 @@
 """Model folders, from the Hugging Face hub if need be, and transformers without its noise."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from common.errors import UserError
+
+if TYPE_CHECKING:  # both import torch, which commands that read runs do without
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SAFE_WEIGHTS, _PICKLED_WEIGHTS = "*.safetensors", "pytorch_model*.bin"
 
@@ -33,6 +38,15 @@ def model_folder(name: str, option: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files, or where there are none the PyTorch ones."""
     return sorted(folder.glob(_SAFE_WEIGHTS)) or sorted(folder.glob(_PICKLED_WEIGHTS))
+
+
+def save(folder: Path, *parts: "PreTrainedModel | PreTrainedTokenizerBase") -> None:
+    """Save a model, and a tokenizer beside it, as transformers does, but readable by whom new files are readable."""
+    with quiet_transformers():
+        for part in parts:
+            part.save_pretrained(folder)
+    for path in weight_files(folder):
+        shutil.copymode(folder / "config.json", path)  # weights come from a temporary file, which is its owner's alone
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.folders import atomic_path, file_lock
-from common.hub import quiet_transformers
+from common.hub import save
 from finetune.heads import write_pruned_heads
 from finetune.model_record import ModelRecord, write_record
 from finetune.selection import best_cells, may_be_best, median_cell
@@ -72,10 +72,9 @@ class KeptModels:
         """
         if cell.configuration not in may_be_best(self._cells, scores):
             return
-        with quiet_transformers(), atomic_path(kept_folder(self._output_dir, cell)) as temporary:
-            classifier.save_pretrained(temporary)
+        with atomic_path(kept_folder(self._output_dir, cell)) as temporary:
+            save(temporary, classifier, tokenizer)
             write_pruned_heads(temporary, classifier)
-            tokenizer.save_pretrained(temporary)
             write_record(temporary, record)
 
     def prune(self, scores: Mapping[Cell, float]) -> None:

@@ -31,7 +31,7 @@ from common.folders import (
     provenance,
     write_json,
 )
-from common.hub import quiet_transformers, weight_files
+from common.hub import save, weight_files
 from finetune.batches import DeviceSplit
 from finetune.classifier import load_classifier
 from finetune.examples import data_sha256, read_task
@@ -270,9 +270,7 @@ class _Pruning:
                 self._save(temporary, full_size(classifier), record)
 
     def _save(self, folder: Path, classifier: PreTrainedModel, record: ModelRecord) -> None:
-        with quiet_transformers():
-            classifier.save_pretrained(folder)
-            self._tokenizer.save_pretrained(folder)
+        save(folder, classifier, self._tokenizer)
         write_pruned_heads(folder, classifier)
         write_record(folder, record)
         if (self._folder / PRETRAINING_FILE).is_file():

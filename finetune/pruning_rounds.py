@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.folders import atomic_path, read_json, write_json
-from common.hub import quiet_transformers, weight_files
+from common.hub import save, weight_files
 from finetune.batches import DeviceSplit
 from finetune.classifier import load_classifier
 from finetune.heads import kept_heads, remove_heads, removed_heads, write_pruned_heads
@@ -136,8 +136,8 @@ class PruningRounds:
             result, tuned = run_trial(self.task, cell, protocol, PrunedStart(classifier), data, self.device, files)
         except TrialFailure as error:
             raise UserError(f"{folder}: {error}") from None
-        with quiet_transformers(), atomic_path(folder / _MODEL_FOLDER) as temporary:
-            tuned.save_pretrained(temporary)
+        with atomic_path(folder / _MODEL_FOLDER) as temporary:
+            save(temporary, tuned)
             write_pruned_heads(temporary, tuned)
         files.end()
         metrics = result["epochs"][result["score_epoch_index"]]["metrics"]

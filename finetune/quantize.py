@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from common.errors import UserError
 from common.folders import check_folder, claim_folder, errors_of_writing, only_writer, processor_name, write_json
-from common.hub import quiet_transformers, weight_files
+from common.hub import save, weight_files
 from common.page import PANEL_WIDTH, Document, Plot, clean_axes, write_documents
 from finetune.batches import Batch, DeviceSplit
 from finetune.examples import Examples, read_split
@@ -120,9 +120,7 @@ def _task(model: Predictor, task_name: str | None) -> Task:
 
 
 def _save(source: Path, target: Path) -> None:
-    with quiet_transformers():
-        quantize(source).save_pretrained(target)
-        load_tokenizer(source).save_pretrained(target)
+    save(target, quantize(source), load_tokenizer(source))
     if (source / PRETRAINING_FILE).is_file():
         shutil.copyfile(source / PRETRAINING_FILE, target / PRETRAINING_FILE)
 
