@@ -41,11 +41,11 @@ from finetune.model import find_model, load_tokenizer, model_fingerprint, refuse
 from finetune.model_record import PRETRAINING_FILE, ModelRecord, read_record, write_record
 from finetune.optimizers import Optimizer
 from finetune.progress import duration
-from finetune.pruning import POINTS, TIMED_ROWS, measure_speed, metrics_of, select_rows
+from finetune.pruning import POINTS, TIMED_ROWS, measure_speed, metrics_of
 from finetune.pruning_report import write_pruning_report
 from finetune.pruning_rounds import PruningRounds, State, state_of
 from finetune.tasks import Task
-from finetune.tokens import TokenizedSplit, load_tokens, tokenize_split
+from finetune.tokens import TokenizedSplit, load_tokens, select_rows, tokenize_split, typical_rows
 from finetune.trial import Cell, Protocol
 
 RESULTS_FILE: Final = "results.json"
@@ -154,6 +154,8 @@ class _Pruning:
         self._checksums = model_fingerprint(folder)
         # The last epoch's score: the best one would let the development split decide.
         changes = {"score_epoch": "last", "eval_steps": None, "compile": False}
+        if config.num_epochs is not None:
+            changes["max_steps"] = None
         self.plan = _Plan(
             model_sha256=self._checksums,
             data_sha256=data_sha256(self._examples),
@@ -250,7 +252,7 @@ class _Pruning:
     def _measure_speed(self, states: list[State]) -> None:
         """Into each state the rows a second of its shapes; all are measured in turn."""
         rows = self._tokens[self._task.evaluation_splits[0]]
-        data = DeviceSplit(select_rows(rows, np.arange(min(len(rows), TIMED_ROWS))), self._device)
+        data = DeviceSplit(typical_rows(rows, TIMED_ROWS), self._device)
         removed = [{int(layer): heads for layer, heads in state["removed"].items()} for state in states]
         for state, speeds in zip(states, measure_speed(self._model, removed, data, self._cell.precision), strict=True):
             state["rows_per_second"] = {str(batch_size): speed for batch_size, speed in speeds.items()}
@@ -283,7 +285,7 @@ class _Pruning:
         last = states[-1]
         return replace(
             self._record,
-            rows={**{split: len(tokens) for split, tokens in self._tokens.items()}, "train": last["training_rows"]},
+            rows={split: len(tokens) for split, tokens in self._tokens.items()},  # held-out ones included, as before
             cell=asdict(replace(self._cell, seed=seed)),
             protocol=self.plan.protocol,
             score=last["score"],

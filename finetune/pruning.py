@@ -28,7 +28,7 @@ from finetune.losses import finite, loss_of
 from finetune.metrics import compute
 from finetune.model import Initialization
 from finetune.tasks import Task
-from finetune.tokens import TokenizedSplit
+from finetune.tokens import TokenizedSplit, select_rows
 
 TIMED_ROWS: Final = 64
 POINTS: Final = 100  # of a metric that is a fraction
@@ -78,25 +78,6 @@ class PrunedStart:
     def new_classifier(self, task: Task, initialization: Initialization, device: torch.device) -> PreTrainedModel:
         """A copy of it on ``device``."""
         return copy.deepcopy(self._classifier).to(device)
-
-
-def select_rows(split: TokenizedSplit, rows: np.ndarray) -> TokenizedSplit:
-    """A split of these rows alone, in this order.
-
-    Args:
-        split: of all rows.
-        rows: places in it, int64 [selected].
-    """
-    lengths = split.lengths[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.repeat(split.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return TokenizedSplit(
-        input_ids=split.input_ids[places],
-        token_type_ids=None if split.token_type_ids is None else split.token_type_ids[places],
-        offsets=offsets,
-        labels=None if split.labels is None else split.labels[rows],
-        pad_token_id=split.pad_token_id,
-    )
 
 
 def hold_out(split: TokenizedSplit, share: float, seed: int) -> tuple[TokenizedSplit, TokenizedSplit]:
@@ -248,7 +229,7 @@ def measure_speed(
     Args:
         classifier: the one with most heads; it may lack some.
         removed: all heads that each of the models lacks, those that ``classifier`` lacks included.
-        data: at least :data:`TIMED_ROWS` rows, or few batches are measured.
+        data: :data:`TIMED_ROWS` rows of about one length.
         precision: of the matrix products.
     """
     shapes = list({str(heads): heads for heads in removed}.values())
@@ -271,7 +252,7 @@ def rows_per_second(
 
     Args:
         classifier: on the rows' device.
-        data: what it takes, the shortest rows first: two batches of 32 rows, or 16 of 1.
+        data: what it takes: two batches of 32 rows, or 16 of 1.
         batch_size: 1 or 32.
         precision: of the matrix products.
     """

@@ -131,8 +131,8 @@ def _facts(results: Results) -> dict[str, str]:
         "How many": how_many,
         "Held out": _HELD_OUT,
         "Fine-tuned again": again,
-        "Speed": f"in {cell['precision']} on {results['device']}{threads}, the same rows for all; each model is"
-        " measured in turn, five times, and the median counts.",
+        "Speed": f"in {cell['precision']} on {results['device']}{threads}, the same rows for all, of about the median"
+        " length; each model is measured in turn, five times, and the median counts.",
         "Model before": f"{results['model']}, tuned from {results['base_model']}.",
     }
 

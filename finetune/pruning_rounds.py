@@ -120,7 +120,10 @@ class PruningRounds:
         path = folder / _CHOICE_FILE
         if path.exists():
             return Choice.of(read_json(path, "the heads that the round removes; delete its folder"))
-        choice = choose_heads(classifier, self.task, training, held_out, self.tolerance, self.cell.precision)
+        try:
+            choice = choose_heads(classifier, self.task, training, held_out, self.tolerance, self.cell.precision)
+        except TrialFailure as error:
+            raise UserError(f"{folder}: {error}") from None
         write_json(path, asdict(choice))
         num_heads = sum(map(len, choice.heads.values()))
         cost = POINTS * (choice.held_out_scores[0] - choice.held_out_scores[num_heads])

@@ -32,7 +32,7 @@ from finetune.model_record import PRETRAINING_FILE, write_record
 from finetune.predictor import Predictor
 from finetune.quantization import is_quantized, num_int8_weights, quantize, require_torchao
 from finetune.tasks import Task, find_task
-from finetune.tokens import tokenize
+from finetune.tokens import tokenize, typical_rows
 
 RESULTS_FILE: Final = "results.json"
 BATCH_SIZES: Final = (1, 32)
@@ -170,13 +170,8 @@ def _metrics(model: Predictor, task: Task, examples: Examples) -> dict[str, floa
 
 def _typical_rows(model: Predictor, examples: Examples) -> DeviceSplit:
     """As many rows as the largest batch has, of about the median length."""
-    tokenizer = load_tokenizer(model.folder)
-    by_length = np.argsort(tokenize(examples, tokenizer, model.max_seq_length).lengths, kind="stable")
-    num_rows = max(BATCH_SIZES)
-    start = max(0, (len(by_length) - num_rows) // 2)
-    rows = np.resize(by_length[start : start + num_rows], num_rows)  # repeated, where there are fewer
-    typical = Examples(tuple([texts[row] for row in rows] for texts in examples.sentences), None)
-    return DeviceSplit(tokenize(typical, tokenizer, model.max_seq_length), torch.device("cpu"))
+    tokens = tokenize(examples, load_tokenizer(model.folder), model.max_seq_length)
+    return DeviceSplit(typical_rows(tokens, max(BATCH_SIZES)), torch.device("cpu"))
 
 
 def _latencies(

@@ -151,3 +151,29 @@ def load_tokens(folder: Path) -> TokenizedSplit:
     arrays = {name: array(name) for name in ("input_ids", "token_type_ids", "offsets", "labels")}
     summary = read_json(folder / _SUMMARY_FILE, "run the grid again, which tokenises again")
     return TokenizedSplit(**arrays, pad_token_id=summary["pad_token_id"])
+
+
+def select_rows(split: TokenizedSplit, rows: np.ndarray) -> TokenizedSplit:
+    """A split of these rows alone, in this order.
+
+    Args:
+        split: of all rows.
+        rows: places in it, int64 [selected].
+    """
+    lengths = split.lengths[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.repeat(split.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return TokenizedSplit(
+        input_ids=split.input_ids[places],
+        token_type_ids=None if split.token_type_ids is None else split.token_type_ids[places],
+        offsets=offsets,
+        labels=None if split.labels is None else split.labels[rows],
+        pad_token_id=split.pad_token_id,
+    )
+
+
+def typical_rows(split: TokenizedSplit, num_rows: int) -> TokenizedSplit:
+    """So many rows of about the median length, for measuring speed; repeated, where there are fewer."""
+    by_length = np.argsort(split.lengths, kind="stable")
+    start = max(0, (len(by_length) - num_rows) // 2)
+    return select_rows(split, np.resize(by_length[start : start + num_rows], num_rows))

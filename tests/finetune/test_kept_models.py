@@ -86,7 +86,10 @@ def test_a_kept_model_loads_with_its_label_names_in_any_program(keep, tmp_path: 
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in classifier.state_dict().items())
-    assert pipeline("text-classification", model=str(folder))("the cat was good")[0]["label"] in ("negative", "positive")
+    assert pipeline("text-classification", model=str(folder))("the cat was good")[0]["label"] in (
+        "negative",
+        "positive",
+    )
 
 
 def test_a_kept_model_says_how_it_was_made_and_how_its_base_model_was(keep, base_model: Path, tmp_path: Path):

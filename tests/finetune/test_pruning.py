@@ -31,10 +31,9 @@ from finetune.pruning import (
     measure_speed,
     removal_order,
     score_of,
-    select_rows,
 )
 from finetune.tasks import TASKS
-from finetune.tokens import TokenizedSplit, load_tokens, tokenize_split
+from finetune.tokens import TokenizedSplit, load_tokens, select_rows, tokenize_split
 from finetune.trial import Cell, Protocol, run_trial
 
 CPU = torch.device("cpu")
