@@ -237,7 +237,7 @@ def test_the_record_tells_the_last_fine_tuning_and_the_report_each_seed(pruned: 
     record, results = read_record(pruned), json.loads((pruned / "results.json").read_text())
     last = results["seeds"][str(results["median_seed"])][-1]
     assert record.task is TASK
-    assert (record.rows["train"], record.rows["dev"]) == (36, 16)
+    assert (record.rows["train"], last["training_rows"], record.rows["dev"]) == (40, 36, 16), "four are held out"
     assert (record.score, record.cell["seed"], record.cell["num_epochs"]) == (last["score"], results["median_seed"], 2)
     assert len(record.epochs) == 2
     report = (pruned / "report.md").read_text()
