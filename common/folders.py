@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ _TORCH_WRITER = "inline_container"  # in what torch.save says of a full disk
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as atomic_path names them
+_SHOWN_CHARACTERS = 60  # of a value that differs
 _RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "h5py", "numpy", "optuna")
 
 
@@ -143,6 +145,8 @@ def check_folder(folder: Path, config: Any, may_change: tuple[str, ...] = ()) ->
     recorded_file = folder / CONFIG_FILE
     if recorded_file.exists():
         recorded = _read_config(recorded_file)
+        if len(recorded.keys() & resolved.keys()) < len(resolved) / 2:
+            raise UserError(f"{folder} is the output of another command: give another --output_dir")
         differences = [name for name in _differences(recorded, resolved) if name.split(".")[0] not in may_change]
         if differences:
             described = "; ".join(_describe(recorded, resolved, differences))
@@ -277,7 +281,11 @@ def _describe(old: dict, new: dict, names: list[str]) -> list[str]:
                 config = config.get(key) if isinstance(config, dict) else None
         return config
 
-    return [f"{name}: {value(old, name)} there, {value(new, name)} now" for name in names[:3]]
+    return [
+        f"{name}: {textwrap.shorten(str(value(old, name)), _SHOWN_CHARACTERS, placeholder='...')} there,"
+        f" {textwrap.shorten(str(value(new, name)), _SHOWN_CHARACTERS, placeholder='...')} now"
+        for name in names[:3]
+    ]
 
 
 def provenance() -> dict[str, Any]:

@@ -111,8 +111,11 @@ class GridConfig:
             for name, rows in getattr(self, option).items():
                 if name not in self.task_names or rows < 1:
                     raise ValueError(f"{option} has '{name}: {rows}': it takes tasks of the grids and 1 or more rows")
-        if self.max_seq_length < 8 or not 0 <= self.weight_decay < math.inf or not self.max_gradient_norm >= 0:
-            raise ValueError("max_seq_length must be 8 or more, weight_decay and max_gradient_norm 0 or more")
+        if self.max_seq_length < 8:
+            raise ValueError(f"max_seq_length is {self.max_seq_length}: it must be 8 or more")
+        for option in ("weight_decay", "max_gradient_norm"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} is {getattr(self, option)}: it must be 0 or more, and finite")
         for option in ("num_workers", "trials_per_gpu", *_STEP_OPTIONS):
             if getattr(self, option) not in (None, "auto") and getattr(self, option) < 1:
                 raise ValueError(f"{option} is {getattr(self, option)}: it must be 1 or more")

@@ -105,7 +105,7 @@ def _precisions(config: GridConfig) -> list[Precision]:
     named = [config.precision] if isinstance(config.precision, str) else config.precision
     precisions = [auto_precision() if precision == "auto" else precision for precision in named]
     if "fp16" in precisions and not torch.cuda.is_available():
-        raise UserError("precision fp16 needs a GPU, and there is none: use fp32, bf16 or auto")
+        raise UserError("precision fp16 needs a GPU, and there is none: use bf16 or fp32")
     return precisions
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from common.errors import UserError
 from finetune.examples import file_table
-from finetune.own_task import OwnTask
+from finetune.own_task import OWN_FORMATS, OwnTask
 
 OWN_TASK: Final = "own_data"
 """The task's name."""
@@ -31,6 +31,9 @@ def find_own_task(
         UserError: a file or column is missing, it isn't clear which columns hold text, a row has no label, or all have
             the same.
     """
+    for path in (train_file, validation_file):
+        if path.suffix not in OWN_FORMATS:
+            raise UserError(f"{path} does not end in {', '.join(OWN_FORMATS)}")
     table = file_table(train_file)
     if label_column not in table.columns:
         raise UserError(f"{train_file} has no column '{label_column}' ({_there(table.columns)}): --label_column_name")
@@ -72,15 +75,20 @@ def _there(columns: Sequence[str]) -> str:
 def _labels(path: Path, rows: Iterable[tuple[int, Sequence[Any]]]) -> list[str] | None:
     """The classes in order; None where the labels are scores."""
     numbers: dict[str, float | None] = {}
+    lines: dict[str, int] = {}
     for line, (label,) in rows:
         if label is None or label == "":
             raise UserError(f"{path}, line {line} has no label: give it one, or take the row out")
         numbers[_name(label)] = _number(label, path.suffix == ".jsonl")
+        lines.setdefault(_name(label), line)
     if not numbers:
         raise UserError(f"{path} has no rows")
     if len(numbers) == 1:
         raise UserError(f"{path}: every row has the label '{next(iter(numbers))}': a classifier needs two")
     are_numbers = None not in numbers.values()
+    for name, number in numbers.items() if are_numbers else ():
+        if not math.isfinite(number):
+            raise UserError(f"{path}, line {lines[name]}: '{name}' is no score")
     if are_numbers and not all(name.lstrip("+-").isdecimal() for name in numbers):
         return None
     return sorted(numbers, key=numbers.get if are_numbers else None)
@@ -95,7 +103,6 @@ def _number(label: Any, is_json: bool) -> float | None:
     if isinstance(label, bool) or (is_json and isinstance(label, str)):
         return None
     try:
-        number = float(label)
+        return float(label)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None

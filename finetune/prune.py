@@ -319,7 +319,7 @@ def _cell(config: PruneConfig, record: ModelRecord) -> Cell:
     """How the model was tuned, but for what ``config`` names."""
     precision = auto_precision() if config.precision == "auto" else config.precision
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision fp16 needs a GPU, and there is none: use fp32, bf16 or auto")
+        raise UserError("precision fp16 needs a GPU, and there is none: use bf16 or fp32")
     named = {name: getattr(config, name) for name in ("learning_rate", "num_epochs", "batch_size")}
     changes = {name: value for name, value in named.items() if value is not None}
     optimizer = Optimizer(**record.cell["optimizer"])

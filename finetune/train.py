@@ -246,10 +246,12 @@ def _order_of_labels(folder: Path, task: Task, labels: Sequence[str] | None) -> 
     """The place of each of the task's labels among the model's outputs, which others may have in another order."""
     if len(labels or [""]) != task.num_labels:
         raise UserError(f"the model in {folder} has {len(labels or [''])} outputs, {task.title} {task.num_labels}")
-    found = [label.lower() for label in labels or ()]
+    found = list(labels or ())
     for names in (task.output_names, task.labels or ()):
-        if sorted(names) == sorted(found):
-            return [found.index(name) for name in names]
+        for spelt in (str, str.lower):  # others may write them in capitals
+            theirs, ours = [spelt(label) for label in found], [spelt(name) for name in names]
+            if sorted(theirs) == sorted(ours):
+                return [theirs.index(name) for name in ours]
     if labels and not all(label.startswith("LABEL_") for label in labels):
         raise UserError(f"the model in {folder} tells {', '.join(labels)} apart, not {', '.join(task.output_names)}")
     return list(range(task.num_labels))

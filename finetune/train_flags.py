@@ -26,6 +26,15 @@ from finetune.tasks import Task, find_task, own_task
 PROGRAM: Final = "python -m finetune train"
 _DEFAULT_LEARNING_RATE: Final = 5e-5
 _DEFAULT_STEPS: Final = 500  # between two checkpoints, evaluations, logged losses: run_glue's
+_FLAGS_OF: Final = {
+    "grids[0].learning_rate": "--learning_rate",
+    "grids[0].batch_size": "--per_device_train_batch_size x --gradient_accumulation_steps",
+    "grids[0].num_epochs": "--num_train_epochs",
+    "max_gradient_norm": "--max_grad_norm",
+    "warmup_proportion": "--warmup_ratio",
+    "weight_decay": "--weight_decay",
+    "max_seq_length": "--max_seq_length",
+}
 _DESCRIPTION: Final = (
     "Fine-tune a model on tasks of GLUE or on your own data, once or with several seeds, with run_glue's flags."
     " Different from run_glue: the model is evaluated after every epoch, whatever else is asked for; rows of similar"
@@ -33,7 +42,7 @@ _DESCRIPTION: Final = (
     " has per_device_train_batch_size x gradient_accumulation_steps rows on any machine, and several seeds use several"
     " devices. The same command again goes on where it was interrupted."
 )
-# Flags of run_glue that are missed here, and what there is instead.
+# What there is instead of run_glue's other flags.
 _INSTEAD: Final = {
     "overwrite_output_dir": "nothing is destroyed here: give another --output_dir, or remove that one yourself",
     "hub_token": "a secret has no place on a command line: run 'hf auth login' once",
@@ -275,16 +284,22 @@ def _check(flags: jsonargparse.Namespace) -> None:
         problem = f"--task_name and --{(own or ['test_file'])[0]} contradict each other: a task has its own rows"
     elif trains and not flags.task_name and len(own) < 2:
         problem = "give --task_name, or your own rows by --train_file and --validation_file"
+    elif flags.train_file and flags.train_file == flags.validation_file:
+        problem = "--train_file and --validation_file are the same: a score on rows of training means nothing"
+    elif not trains and flags.train_file:
+        problem = "--train_file is for training: add --do_train, or leave it out"
+    elif flags.task_name and (flags.text_column_names or flags.label_column_name != "label"):
+        problem = "--text_column_names and --label_column_name are for your own rows: a task has its own columns"
+    elif len(set(flags.text_column_names or ())) < len(flags.text_column_names or ()):
+        problem = f"--text_column_names names a column twice: {' '.join(flags.text_column_names)}"
     elif flags.eval_strategy == "steps" and not flags.eval_steps:
         problem = "--eval_strategy steps needs --eval_steps"
     elif flags.num_train_epochs == math.inf:
         problem = "--num_train_epochs is infinite: training has an end"
-    elif flags.warmup_ratio > 1:
-        problem = f"--warmup_ratio is {flags.warmup_ratio:g}: it is a share, from 0 to 1"
     elif flags.push_to_hub and (not trains or len(flags.task_name or ()) > 1):
         problem = "--push_to_hub publishes what one task's training brings: train, one task at a time"
     elif flags.hub_model_id and not flags.push_to_hub:
-        problem = "--hub_model_id is where --push_to_hub publishes: give both or neither"
+        problem = "--hub_model_id is where --push_to_hub publishes: give both"
     if problem:
         raise UserError(problem)
 
@@ -332,7 +347,14 @@ def _grid_config(flags: jsonargparse.Namespace, names: Sequence[str]) -> GridCon
             precision=_precisions(flags),
         )
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(_in_flags(str(error))) from None
+
+
+def _in_flags(problem: str) -> str:
+    """What a configuration's check says, in the words of the command line."""
+    for name, flag in _FLAGS_OF.items():
+        problem = problem.replace(name, flag)
+    return problem
 
 
 def _own_task(flags: jsonargparse.Namespace) -> OwnTask:

@@ -132,7 +132,7 @@ WRONG = {
     "--task_name sst2 --num_seeds 0": "num_seeds",
     "--task_name sst2 --num_train_epochs -1": "num_train_epochs",
     "--task_name sst2 --lr_scheduler_type polynomial": "lr_scheduler_type",
-    "--task_name sst2 --warmup_ratio 2": "--warmup_ratio is 2: it is a share",
+    "--task_name sst2 --warmup_ratio 2": "--warmup_ratio is 2.0",
     "--task_name sst2 --eval_strategy steps": "needs --eval_steps",
     "--task_name sst2 --optim sgd": "sgd",
     "--task_name sst2 --optim MFAC --adam_beta1 0.8": "adam_beta1",
