@@ -24,7 +24,7 @@ from finetune.train_flags import read_flags
 def report(argv: list[str]) -> None:
     """Render results.json, report.md and report.html again from the recorded trials."""
     parser = command_parser("python -m finetune report", report.__doc__ or "")
-    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
+    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py or train")
     parser.add_argument("--latex", action="store_true", help="only print the scores as a row of a LaTeX table")
     arguments = parse(parser, argv)
     folder = Path(arguments.folder)
@@ -37,7 +37,7 @@ def report(argv: list[str]) -> None:
 def status(argv: list[str]) -> None:
     """Tell how far a grid is, while it runs or afterwards."""
     parser = command_parser("python -m finetune status", status.__doc__ or "")
-    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py")
+    parser.add_argument("folder", type=str, help="output folder of run_glue_grid.py or train")
     print_status(Path(parse(parser, argv).folder))
 
 

@@ -28,15 +28,17 @@ Initialization = Literal["pretrained", "random", "mnli"]
 _TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, option: str = "--model") -> Path:
     """The folder of ``model``: a Hugging Face folder, or a hub id, which is downloaded.
+
+    ``option`` is where it was given.
 
     Raises:
         UserError: configuration, weights or tokenizer are missing, or the hub cannot be reached.
     """
-    folder = model_folder(model, "--model")
+    folder = model_folder(model, option)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: --model takes a Hugging Face folder, such as R/hf")
+        raise UserError(f"{folder} has no config.json: {option} takes a Hugging Face folder, such as R/hf")
     if not weight_files(folder):
         raise UserError(f"{folder} has no weights (model.safetensors): the export is not complete")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

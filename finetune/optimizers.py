@@ -76,15 +76,13 @@ class Optimizer:
 
     @property
     def title(self) -> str:
-        """For tables, such as "AdamW" or "M-FAC 64 gradients, bf16": no two that differ have the same."""
+        """For tables, such as "AdamW" or "M-FAC 64 gradients in bf16": no two that differ have the same."""
         different = {name: value for name, value in self.arguments.items() if value != _DEFAULTS[self.name][name]}
-        parts = ["AdamW" if self.name == "adamw" else f"M-FAC {self.arguments['num_grads']} gradients"]
-        parts += [
-            value if isinstance(value, str) else f"{name.removeprefix('adam_')} {value!r}"
-            for name, value in different.items()
-            if name != "num_grads"
-        ]
-        return ", ".join(parts)
+        title = "AdamW"
+        if self.name == "mfac":
+            dtype, _ = different.pop("gradient_dtype", None), different.pop("num_grads", None)
+            title = f"M-FAC {self.arguments['num_grads']} gradients" + (f" in {dtype}" if dtype else "")
+        return ", ".join([title, *(f"{name.removeprefix('adam_')} {value!r}" for name, value in different.items())])
 
     def build(self, parameter_groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
         """The optimizer of these groups, which may set ``weight_decay``; all their parameters lie on one device."""

@@ -96,10 +96,11 @@ def recorded_config(output_dir: Path) -> GridConfig:
     Raises:
         UserError: the folder is not the output of a grid.
     """
-    if not (output_dir / CONFIG_FILE).exists():
-        raise UserError(f"{output_dir} is not the output of run_glue_grid.py: it has no {CONFIG_FILE}")
+    file = output_dir / CONFIG_FILE
+    if not file.exists() or "grids:" not in file.read_text(encoding="utf-8"):
+        raise UserError(f"{output_dir} is not the output of run_glue_grid.py, nor of a training of 'finetune train'")
     parser = config_parser("run_glue_grid.py", "", GridConfig)
-    return take_config(parse(parser, ["--config", str(output_dir / CONFIG_FILE)]), GridConfig)
+    return take_config(parse(parser, ["--config", str(file)]), GridConfig)
 
 
 def print_status(output_dir: Path) -> None:

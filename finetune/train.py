@@ -47,6 +47,7 @@ from finetune.train_flags import Request
 _MAY_CHANGE: Final = ("evaluates", "predicts", "test_file", "max_predict_rows")  # of what is done with one model
 # run_glue's names, where ours are others; the means that it adds
 _METRIC_NAMES: Final = {"matthews": "matthews_correlation", "spearman": "spearmanr"}
+_MODEL_FLAG: Final = "--model_name_or_path"
 _WITH_COMBINED_SCORE: Final = ("mrpc", "qqp", "stsb")
 
 TestSets = Mapping[str, Examples]
@@ -63,6 +64,7 @@ def train(request: Request) -> None:
         _use_as_it_is(request)
         return
     config = request.config
+    find_model(request.model, _MODEL_FLAG)
     tasks = {name: config.tasks[name] for name in config.task_names}
     test_sets = {name: _read_test_sets(request, task) for name, task in tasks.items()}
     if request.repo_id:
@@ -207,7 +209,7 @@ def _use_as_it_is(request: Request) -> None:
     Raises:
         UserError: the model is not a classifier of the task, or rows are missing.
     """
-    folder = find_model(request.model)
+    folder = find_model(request.model, _MODEL_FLAG)
     task = _task_as_it_is(request, folder)
     test_sets = _read_test_sets(request, task)
     splits = _read_evaluation_splits(request, task) if request.evaluates else {}

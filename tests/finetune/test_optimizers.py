@@ -86,7 +86,7 @@ def test_titles_tell_apart_what_differs() -> None:
         Optimizer(): "AdamW",
         Optimizer(adam_beta2=0.98): "AdamW, beta2 0.98",
         Optimizer("mfac"): "M-FAC 1024 gradients",
-        Optimizer("mfac", num_grads=64, damp=1e-4, gradient_dtype="bf16"): "M-FAC 64 gradients, damp 0.0001, bf16",
+        Optimizer("mfac", num_grads=64, damp=1e-4, gradient_dtype="bf16"): "M-FAC 64 gradients in bf16, damp 0.0001",
     }
     assert {optimizer: optimizer.title for optimizer in titles} == titles
 
