@@ -17,7 +17,7 @@ from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
 from finetune.examples import Examples, data_sha256, read_task, require_files
 from finetune.inference import Precision
-from finetune.kept_models import KeptModels
+from finetune.kept_models import KeptModels, trial_folder
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
 from finetune.model_record import PRETRAINING_FILE
 from finetune.optimizers import check_memory
@@ -29,6 +29,7 @@ from finetune.selection import by_group
 from finetune.study import TrialStore
 from finetune.tokens import load_tokens, tokenize_split
 from finetune.trial import Cell, Protocol
+from finetune.trial_files import TrialFiles
 from finetune.workers import Assignment
 
 CACHE_FOLDER: Final = "cache"
@@ -62,7 +63,7 @@ def run_grid(config: GridConfig, model: str, output_dir: Path, glue_dir: Path | 
     with preparation.checked():
         ranks.after_rank_0(preparation.prepare)
         _run_trials(config, cells, protocol, model, output_dir, ranks)
-        _prune_models(config, cells, output_dir)
+        _remove_leftovers(config, cells, output_dir)
         refuse_missing(render(config, output_dir), list(cells))
 
 
@@ -74,10 +75,12 @@ def _run_trials(
     Crew(store, assignments, shows_progress=ranks.coordinates).run()
 
 
-def _prune_models(config: GridConfig, cells: Cells, output_dir: Path) -> None:
-    """Remove what a worker that was killed has left of models that are not of the best configuration."""
+def _remove_leftovers(config: GridConfig, cells: Cells, output_dir: Path) -> None:
+    """What workers that were killed have left: checkpoints of finished trials, models not of the best configuration."""
     store = TrialStore(storage_url(config, output_dir))
     for name, task_cells in cells.items():
+        for cell in store.scores(name):
+            TrialFiles(trial_folder(output_dir, cell), None, None).end()
         for (start, _), cells_of_group in by_group(task_cells).items():
             if start != "random" and config.keep_models:
                 models = KeptModels(output_dir, cells_of_group)

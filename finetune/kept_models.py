@@ -17,9 +17,15 @@ from finetune.selection import best_cells, may_be_best, median_cell
 from finetune.trial import Cell
 
 MODELS_FOLDER: Final = "models"
+TRIALS_FOLDER: Final = "trials"
 
 
-def configuration_slug(cell: Cell) -> str:
+def trial_folder(output_dir: Path, cell: Cell) -> Path:
+    """Where the trial of ``cell`` keeps checkpoints and TensorBoard files."""
+    return output_dir / TRIALS_FOLDER / cell.task_name / _configuration_slug(cell) / f"seed-{cell.seed}"
+
+
+def _configuration_slug(cell: Cell) -> str:
     """A folder's name for all that tells the cell from others of its task, but for the seed."""
     variant = re.sub(r"[^a-z0-9.]+", "-", cell.variant.lower())
     return f"{cell.initialization}-{variant}-lr{cell.learning_rate}-batch{cell.batch_size}-epochs{cell.num_epochs}"
@@ -31,7 +37,7 @@ def kept_folder(output_dir: Path, cell: Cell) -> Path:
 
 
 def _configuration_folder(output_dir: Path, cell: Cell) -> Path:
-    return output_dir / MODELS_FOLDER / cell.task_name / configuration_slug(cell)
+    return output_dir / MODELS_FOLDER / cell.task_name / _configuration_slug(cell)
 
 
 class KeptModels:

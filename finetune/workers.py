@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from finetune.batches import DeviceSplit
 from finetune.config import MNLI
-from finetune.kept_models import KeptModels, configuration_slug
+from finetune.kept_models import KeptModels, trial_folder
 from finetune.losses import TrialFailure
 from finetune.model import Encoder, load_tokenizer
 from finetune.model_record import ModelRecord
@@ -35,7 +35,6 @@ from finetune.trial_files import TrialFiles
 
 DEVICE_BROKEN: Final = 3  # exit code of a worker whose GPU context is lost: another process can go on
 CANNOT_WRITE: Final = 4
-TRIALS_FOLDER: Final = "trials"
 _LOOK_SECONDS: Final = 2.0
 _TELL_SECONDS: Final = 3.0
 _RECORDED_PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy")
@@ -172,7 +171,7 @@ class Worker:
 
     def _files_of(self, cell: Cell) -> TrialFiles:
         assignment = self._assignment
-        folder = assignment.output_dir / TRIALS_FOLDER / cell.task_name / configuration_slug(cell) / f"seed-{cell.seed}"
+        folder = trial_folder(assignment.output_dir, cell)
         return TrialFiles(folder, assignment.save_steps, assignment.logging_steps)
 
     def _record_of(self, cell: Cell, result: dict[str, Any]) -> ModelRecord:

@@ -12,6 +12,9 @@ import finetune.__main__ as finetune_commands
 from common.cli import config_parser, parse, run, take_config
 from common.folders import only_writer
 from finetune.config import GridConfig
+from finetune.kept_models import trial_folder
+from finetune.results import cell_of
+from finetune.trial_files import TrialFiles
 from run_glue_grid import main
 from tests.finetune.grids import CONFIG, NUM_TRIALS, arguments, elsewhere, outcome, output_of, write_config
 
@@ -52,8 +55,11 @@ def test_the_models_of_the_best_configuration_score_what_the_table_says(finished
 def test_a_finished_grid_runs_nothing_again_with_any_number_of_workers(finished_grid: list[str]):
     results = output_of(finished_grid) / "results.json"
     before = json.loads(results.read_text())
+    finished = next(cell_of(trial) for trial in before["trials"] if trial["task_name"] == "stsb")
+    TrialFiles(trial_folder(results.parent, finished), 1, None).save({"left": "by a kill after the result"})
     main([*finished_grid, "--num_workers", "1", "--tasks", "stsb"])
     assert json.loads(results.read_text()) == before, "who ran each trial, and when, too"
+    assert not list(results.parent.rglob("checkpoint.pt"))
 
 
 def test_the_report_command_renders_the_same_results(finished_grid: list[str], tmp_path: Path):
