@@ -79,7 +79,8 @@ def train(request: Request) -> None:
             _place_model(kept_folder(request.output_dir, median_cell_of(name, results["tasks"][name])), folder)
             record = read_record(folder)
             _write_results(folder, {"train": _train_results(record), "eval": _eval_results(record)})
-            _predict(Predictor(folder, precision=record.cell["precision"]), task, test_sets[name], folder)
+            if test_sets[name]:
+                _predict(Predictor(folder, precision=record.cell["precision"]), task, test_sets[name], folder)
     _show(results)
     if request.repo_id:
         publish_run(request.output_dir, request.repo_id)
@@ -97,7 +98,13 @@ def _show(results: Results) -> None:
 
 
 def _place_model(kept: Path, folder: Path) -> None:
-    """Copy a model; its configuration, without which nothing loads it, comes last."""
+    """Copy a model; its configuration, without which nothing loads it, comes last.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not kept.is_dir():
+        raise UserError(f"{kept} is gone, the model that was kept there: train again in another --output_dir")
     for path in sorted(kept.iterdir(), key=lambda path: path.name == "config.json"):
         with atomic_path(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)
@@ -110,9 +117,10 @@ def _train_results(record: ModelRecord) -> dict[str, Any]:
     epochs, num_rows = record.epochs, record.rows["train"]
     seconds = sum(epoch["seconds"] for epoch in epochs)
     num_steps, num_epochs = _length(record)
+    shares = [min(1.0, num_epochs - place) for place in range(len(epochs))]  # the last one may have been cut short
     return {
         "epoch": num_epochs,
-        "train_loss": sum(epoch["train_loss"] for epoch in epochs) / len(epochs),
+        "train_loss": float(np.average([epoch["train_loss"] for epoch in epochs], weights=shares)),
         "train_runtime": seconds,
         "train_samples": num_rows,
         "train_samples_per_second": num_epochs * num_rows / seconds,
