@@ -46,6 +46,15 @@ def write_small_tasks(folder: Path, num_train: int = 48, num_dev: int = 16) -> P
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """So that what is computed does not depend on the machine's cores, and small models are not slower for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def glue_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_tasks(tmp_path_factory.mktemp("glue"))

@@ -11,17 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune import mfac
 from finetune.mfac import MFAC
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(3, 4), (5,), (2, 2, 3)]
 DAMP = 1e-3
 Parameters = list[torch.nn.Parameter]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,10 @@ from finetune.predict import predict_file, predict_texts
 from finetune.predictor import Predictor
 from tests.finetune.tuned_models import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["the cat was good", "the film was awful and the book was dull", "a lovely river", "stone"]
 PAIRS = ["the dog was bad", "a road", "the tree was great and the lamp was fine", "the house"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

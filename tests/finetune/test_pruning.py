@@ -36,20 +36,14 @@ from finetune.tasks import TASKS
 from finetune.tokens import TokenizedSplit, load_tokens, select_rows, tokenize_split
 from finetune.trial import Cell, Protocol, run_trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TASK = TASKS["sst2"]
 CELL = Cell("sst2", 3e-3, 8, 6, "pretrained", seed=1)
 PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06)
 CONFIG = PruneConfig(num_seeds=2, seed=7, tolerance=20.0, holdout=0.25, rounds=2, num_epochs=2)
 HEAD_SIZE = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

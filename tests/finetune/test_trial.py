@@ -13,17 +13,11 @@ from finetune.model import Encoder
 from finetune.tasks import TASKS
 from finetune.trial import Cell, Protocol, parameter_groups, run_trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06)
 Tasks = dict[str, dict[str, DeviceSplit]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cell(task_name="sst2", seed=1, num_epochs=2, initialization="pretrained", precision="fp32") -> Cell:

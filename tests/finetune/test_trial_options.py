@@ -16,19 +16,13 @@ from finetune.tasks import TASKS
 from finetune.trial import Cell, Protocol, Training, run_trial
 from finetune.trial_files import TrialFiles
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(max_seq_length=32, weight_decay=0.1, warmup_proportion=0.06)
 CELL = Cell("sst2", 3e-3, 8, 3, "pretrained", 1)
 STEPS_PER_EPOCH = 6  # 48 rows
 Tasks = Mapping[str, Mapping[str, DeviceSplit]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
