@@ -65,7 +65,9 @@ def prune(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=str, required=True, help="becomes the pruned model's folder; continues")
     parser.add_argument("--glue_dir", type=str, help="folder of the official TSV files; default: from the hub")
     parser.add_argument(
-        "--full_size", type=str, help="make this folder too: the same with zeros for removed heads, for transformers"
+        "--full_size",
+        action="store_true",
+        help="make output_dir/full_size too: the same with zeros for removed heads, for stock transformers",
     )
     arguments = parse(parser, argv)
     prune_model(
@@ -73,7 +75,7 @@ def prune(argv: list[str]) -> None:
         model=arguments.model,
         output_dir=Path(arguments.output_dir),
         glue_dir=Path(arguments.glue_dir) if arguments.glue_dir else None,
-        full_size_dir=Path(arguments.full_size) if arguments.full_size else None,
+        with_full_size=arguments.full_size,
     )
 
 

@@ -37,6 +37,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sentences[0])
 
+    def first(self, num_rows: int | None) -> "Examples":
+        """The first rows, so many; all of them for None."""
+        labels = None if self.labels is None else self.labels[:num_rows]
+        return Examples(tuple(column[:num_rows] for column in self.sentences), labels)
+
     @cached_property
     def sha256(self) -> str:
         """A checksum of all texts and labels, whatever they were read from."""

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from common.folders import check_folder, claim_folder, errors_of_writing, only_w
 from common.storage import sqlite_file
 from finetune.config import MNLI, GridConfig
 from finetune.crew import Crew
-from finetune.examples import Examples, data_sha256, read_task, require_files
+from finetune.examples import data_sha256, read_task, require_files
 from finetune.inference import Precision
 from finetune.kept_models import KeptModels, trial_folder
 from finetune.model import Encoder, check_model, find_model, load_tokenizer, model_fingerprint
@@ -145,7 +145,7 @@ class _Preparation:
         for name, splits in self._data.items():
             for split, examples in splits.items():
                 limits = config.max_train_rows if split == "train" else config.max_eval_rows
-                splits[split] = _first_rows(examples, limits.get(name))
+                splits[split] = examples.first(limits.get(name))
         self._checksums = model_fingerprint(self._model_folder)
 
     def _check_memory(self) -> None:
@@ -241,11 +241,6 @@ class _Preparation:
             },
             "num_tokens": num_tokens,
         }
-
-
-def _first_rows(examples: Examples, num_rows: int | None) -> Examples:
-    sentences = tuple(column[:num_rows] for column in examples.sentences)
-    return replace(examples, sentences=sentences, labels=examples.labels[:num_rows])
 
 
 def _model_name(folder: Path, model: str) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.folders import atomic_path, file_lock
 from common.hub import save
 from finetune.heads import write_pruned_heads
-from finetune.model_record import ModelRecord, write_record
+from finetune.model_record import ModelRecord, copy_pretraining, write_record
 from finetune.selection import best_cells, may_be_best, median_cell
 from finetune.trial import Cell
 
@@ -82,6 +82,7 @@ class KeptModels:
             save(temporary, classifier, tokenizer)
             write_pruned_heads(temporary, classifier)
             write_record(temporary, record)
+            copy_pretraining(Path(record.base_model_path), temporary)
 
     def prune(self, scores: Mapping[Cell, float]) -> None:
         """Remove the models of configurations that can't become the best."""

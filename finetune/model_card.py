@@ -176,7 +176,7 @@ def _use(subject: Subject) -> str:
     return (
         f"{needs}```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", model="{subject.repo_id}"{options})\n'
-        f"print(classify({json.dumps(example)}))\n```"
+        f"print(classify({json.dumps(example)}, truncation=True, max_length={subject.record.max_seq_length}))\n```"
     )
 
 

@@ -1,18 +1,20 @@
 """What a tuned model's folder says of how it was made: the task, the trial, its scores, and where it came from."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from common.errors import UserError
-from common.folders import read_json, write_json
+from common.folders import atomic_path, read_json, write_json
 from finetune.own_task import OwnTask
 from finetune.tasks import Task, find_task, own_task
 
 RECORD_FILE: Final = "finetuning.json"
 PRETRAINING_FILE: Final = "pretraining.json"
+_MADE_FOLDER: Final = "made"
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,32 @@ class ModelRecord:
 
 
 def write_record(folder: Path, record: ModelRecord) -> None:
-    """Write ``finetuning.json``, and beside it the record of pretraining, where the base model has one."""
-    pretraining = Path(record.base_model_path) / PRETRAINING_FILE
-    if pretraining.is_file():
-        shutil.copyfile(pretraining, folder / PRETRAINING_FILE)
+    """Write ``finetuning.json``."""
     write_json(folder / RECORD_FILE, asdict(record))
+
+
+def copy_pretraining(source: Path, folder: Path) -> None:
+    """Copy the record of pretraining from the model that ``folder``'s comes from, where it has one."""
+    if (source / PRETRAINING_FILE).is_file():
+        shutil.copyfile(source / PRETRAINING_FILE, folder / PRETRAINING_FILE)
+
+
+@contextlib.contextmanager
+def placed_model(folder: Path) -> Iterator[Path]:
+    """A folder to make a model in, whose files then lie at the top of ``folder``; what a kill leaves is made again."""
+    made = folder / _MADE_FOLDER
+    with atomic_path(made) as temporary:
+        temporary.mkdir()
+        yield temporary
+    place_model(made, folder)
+    shutil.rmtree(made)
+
+
+def place_model(source: Path, folder: Path) -> None:
+    """Copy a model's files, each whole or not at all; the configuration, without which nothing loads it, comes last."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        with atomic_path(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def read_record(folder: Path) -> ModelRecord:

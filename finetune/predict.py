@@ -150,7 +150,8 @@ def _check_output(input_file: Path, output_file: Path) -> None:
 
 def _read(predictor: Predictor, path: Path, text_column: str | None, pair_column: str | None) -> _Rows:
     task = predictor.record.task if predictor.record else None
-    table = file_table(path, task.columns_without_header if task else None)
+    # A file without a header has the task's official columns; whoever names a column has a header.
+    table = file_table(path, task.columns_without_header if task and not text_column else None)
     names = _text_columns(predictor, table, text_column, pair_column)
     values, sentences = [], tuple([] for _ in names)
     places = [table.columns.index(name) for name in names]

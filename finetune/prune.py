@@ -5,10 +5,7 @@ round removes and are not trained on; the development split is only measured. Th
 training rows, the held-out ones included: they are held out from here on.
 """
 
-import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,14 +28,14 @@ from common.folders import (
     provenance,
     write_json,
 )
-from common.hub import save, weight_files
+from common.hub import save
 from finetune.batches import DeviceSplit
 from finetune.classifier import load_classifier
 from finetune.examples import data_sha256, read_task
 from finetune.grid import auto_precision
 from finetune.heads import full_size, kept_heads, write_pruned_heads
 from finetune.model import find_model, load_tokenizer, model_fingerprint, refuse_quantized
-from finetune.model_record import PRETRAINING_FILE, ModelRecord, read_record, write_record
+from finetune.model_record import ModelRecord, copy_pretraining, placed_model, read_record, write_record
 from finetune.optimizers import Optimizer
 from finetune.progress import duration
 from finetune.pruning import POINTS, TIMED_ROWS, measure_speed, metrics_of
@@ -52,6 +49,7 @@ RESULTS_FILE: Final = "results.json"
 
 _ROUNDS_FOLDER: Final = "rounds"
 _CACHE_FOLDER: Final = "cache"
+_FULL_SIZE_FOLDER: Final = "full_size"
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class _Plan:
 
 
 def prune(
-    config: PruneConfig, model: str, output_dir: Path, glue_dir: Path | None, full_size_dir: Path | None = None
+    config: PruneConfig, model: str, output_dir: Path, glue_dir: Path | None, with_full_size: bool = False
 ) -> None:
     """Prune a tuned model; what has been done of it in ``output_dir`` is not done again.
 
@@ -118,13 +116,12 @@ def prune(
         model: a folder of a classifier with its record of fine-tuning, or a hub id.
         output_dir: becomes the pruned model's folder, with ``results.json`` and the report.
         glue_dir: folder of the official TSV files; None reads GLUE from the Hugging Face hub.
-        full_size_dir: a folder to make, of the same model with zeros for the removed heads, which transformers loads.
+        with_full_size: also make ``full_size`` in it: the same model with zeros for the removed heads, which stock
+            transformers loads.
 
     Raises:
         UserError: bad input, before any work.
     """
-    if full_size_dir is not None and full_size_dir.exists():
-        raise UserError(f"{full_size_dir} is there already: give --full_size a folder that is not")
     pruning = _Pruning(config, find_model(model), output_dir, glue_dir)
     check_folder(output_dir, pruning.plan)
     with errors_of_writing(output_dir):
@@ -135,7 +132,7 @@ def prune(
             write_json(output_dir / RESULTS_FILE, results)
             write_pruning_report(output_dir, results)
             median_seed = results["median_seed"]
-            pruning.write_model(median_seed, results["seeds"][str(median_seed)], full_size_dir)
+            pruning.write_model(median_seed, results["seeds"][str(median_seed)], with_full_size)
     print(f"{output_dir}: the model of seed {median_seed}, {RESULTS_FILE} and the report")
 
 
@@ -257,17 +254,14 @@ class _Pruning:
         for state, speeds in zip(states, measure_speed(self._model, removed, data, self._cell.precision), strict=True):
             state["rows_per_second"] = {str(batch_size): speed for batch_size, speed in speeds.items()}
 
-    def write_model(self, seed: int, states: list[State], full_size_dir: Path | None) -> None:
+    def write_model(self, seed: int, states: list[State], with_full_size: bool) -> None:
         """Put a seed's last model at the top of the output folder, and its full-size form where that is wanted."""
         classifier = self._rounds.classifier(seed, len(states))
         record = self._record_after(seed, states)
-        with tempfile.TemporaryDirectory(dir=self._output_dir) as folder:
-            self._save(Path(folder), classifier, record)
-            # The weights last: without them nobody takes the folder for a model.
-            for path in sorted(Path(folder).iterdir(), key=lambda path: path in weight_files(Path(folder))):
-                os.replace(path, self._output_dir / path.name)
-        if full_size_dir is not None:
-            with errors_of_writing(full_size_dir), atomic_path(full_size_dir) as temporary:
+        with placed_model(self._output_dir) as folder:
+            self._save(folder, classifier, record)
+        if with_full_size:
+            with atomic_path(self._output_dir / _FULL_SIZE_FOLDER) as temporary:
                 temporary.mkdir()
                 self._save(temporary, full_size(classifier), record)
 
@@ -275,8 +269,7 @@ class _Pruning:
         save(folder, classifier, self._tokenizer)
         write_pruned_heads(folder, classifier)
         write_record(folder, record)
-        if (self._folder / PRETRAINING_FILE).is_file():
-            shutil.copyfile(self._folder / PRETRAINING_FILE, folder / PRETRAINING_FILE)
+        copy_pretraining(self._folder, folder)
 
     def _record_after(self, seed: int, states: list[State]) -> ModelRecord:
         """The model's record, as the last round's fine-tuning changes it."""

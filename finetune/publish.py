@@ -5,7 +5,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,11 +33,15 @@ RESULTS_FILE: Final = "results.json"
 _CONFIG_FILE: Final = "config.json"
 _AS_THEY_ARE: Final = (
     _CONFIG_FILE,
-    *"tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json".split(),
+    *"tokenizer.json special_tokens_map.json added_tokens.json".split(),
     *"vocab.txt vocab.json merges.txt spiece.model sentencepiece.bpe.model".split(),
     PRUNED_HEADS_FILE,
-    PRETRAINING_FILE,
 )
+# What is of this machine alone in other files.
+_OF_HERE: Final = {
+    "tokenizer_config.json": ("name_or_path", "is_local", "local_files_only"),
+    PRETRAINING_FILE: ("init_from",),
+}
 _PATH: Final = re.compile(r"(?<![\w.:/<~])~?(?:/[\w.@+%=-]+){2,}")
 
 
@@ -186,10 +190,22 @@ def files_to_send(folder: Path, repo_id: str, task_name: str | None, license: st
     files = [*weights, *(path for name in _AS_THEY_ARE if (path := model / name).is_file())]
     return [
         *(SentFile(path.name, path) for path in files),
+        *(SentFile(name, _without(keys, model / name)) for name, keys in _OF_HERE.items() if (model / name).is_file()),
         SentFile(RECORD_FILE, _public_record(record)),
         *_public_report(folder, results),
         SentFile(CARD_FILE, model_card(subject).encode()),
     ]
+
+
+def _without(keys: Sequence[str], path: Path) -> bytes:
+    """A JSON file without these keys, wherever they are in it."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(part) for key, part in value.items() if key not in keys}
+        return [without(part) for part in value] if isinstance(value, list) else value
+
+    return _encoded(without(_json(path)))
 
 
 def _json(path: Path) -> Any:

@@ -3,10 +3,7 @@
 import contextlib
 import importlib.metadata
 import itertools
-import os
-import shutil
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +25,7 @@ from finetune.heads import read_pruned_heads
 from finetune.inference import decide
 from finetune.metrics import METRIC_TITLES, compute
 from finetune.model import find_model, load_tokenizer
-from finetune.model_record import PRETRAINING_FILE, write_record
+from finetune.model_record import ModelRecord, copy_pretraining, placed_model, write_record
 from finetune.predictor import Predictor
 from finetune.quantization import is_quantized, num_int8_weights, quantize, require_torchao
 from finetune.tasks import Task, find_task
@@ -81,19 +78,24 @@ def quantize_model(
     task = _task(before, task_name)
     config = QuantizeConfig(str(folder), task.task_name, str(glue_dir) if glue_dir else None, compiled)
     check_folder(output_dir, config)
-    examples = {split: read_split(task, split, glue_dir) for split in task.evaluation_splits}
+    examples = {split: _read(task, split, glue_dir, before.record) for split in task.evaluation_splits}
     claim_folder(output_dir, config)
-    with only_writer(output_dir), errors_of_writing(output_dir), tempfile.TemporaryDirectory(dir=output_dir) as name:
-        made = Path(name)
-        _save(folder, made)
-        after = Predictor(made, before.max_seq_length, device="cpu")
-        results = _measure(before, after, task, examples, compiled)
-        _write_record(before, made, results["int8"]["metrics"], task)
-        for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):  # without it, nothing loads
-            os.replace(path, output_dir / path.name)
+    with only_writer(output_dir), errors_of_writing(output_dir):
+        with placed_model(output_dir) as made:
+            save(made, quantize(folder), load_tokenizer(folder))
+            copy_pretraining(folder, made)
+            after = Predictor(made, before.max_seq_length, device="cpu")
+            results = _measure(before, after, task, examples, compiled)
+            _write_record(before, made, results["int8"]["metrics"], task)
         write_json(output_dir / RESULTS_FILE, results)
         write_quantization_report(output_dir, results)
     print(f"{statement(results)}\n{output_dir}: the quantised model, {RESULTS_FILE} and the report")
+
+
+def _read(task: Task, split: str, glue_dir: Path | None, record: ModelRecord | None) -> Examples:
+    """The rows that the model was measured on when it was tuned: all, or as many of the first ones."""
+    examples = read_split(task, split, glue_dir)
+    return examples.first(record.rows[split]) if record else examples
 
 
 def _check_form(folder: Path) -> None:
@@ -117,12 +119,6 @@ def _task(model: Predictor, task_name: str | None) -> Task:
     if (outputs := model.classifier.config.num_labels) != task.num_labels:
         raise UserError(f"the model in {model.folder} has {outputs} outputs: it is not {task.title}'s")
     return task
-
-
-def _save(source: Path, target: Path) -> None:
-    save(target, quantize(source), load_tokenizer(source))
-    if (source / PRETRAINING_FILE).is_file():
-        shutil.copyfile(source / PRETRAINING_FILE, target / PRETRAINING_FILE)
 
 
 def _write_record(before: Predictor, folder: Path, metrics: Mapping[str, Mapping[str, float]], task: Task) -> None:

@@ -4,7 +4,6 @@ Training is a grid of one configuration. What Hugging Face's run_glue writes is 
 """
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ import torch
 
 from common.errors import UserError
 from common.folders import (
-    atomic_path,
     check_folder,
     claim_folder,
     errors_of_writing,
@@ -33,7 +31,7 @@ from finetune.kept_models import kept_folder
 from finetune.losses import loss_of
 from finetune.metrics import compute
 from finetune.model import find_model
-from finetune.model_record import ModelRecord, read_record
+from finetune.model_record import ModelRecord, place_model, read_record
 from finetune.predictor import Predictor
 from finetune.publish import publish_run, require_login
 from finetune.ranks import this_rank
@@ -43,6 +41,7 @@ from finetune.run_tables import times_table
 from finetune.score_tables import replicates_table, variants_table
 from finetune.tasks import Task, find_task, own_task
 from finetune.train_flags import Request
+from finetune.trial import Cell
 
 _MAY_CHANGE: Final = ("evaluates", "predicts", "test_file", "max_predict_rows")  # of what is done with one model
 # run_glue's names, where ours are others; the means that it adds
@@ -76,7 +75,7 @@ def train(request: Request) -> None:
     with errors_of_writing(request.output_dir), only_writer(request.output_dir):
         for name, task in tasks.items():
             folder = request.output_dir / name if len(tasks) > 1 else request.output_dir
-            _place_model(kept_folder(request.output_dir, median_cell_of(name, results["tasks"][name])), folder)
+            place_model(_kept_model(request, median_cell_of(name, results["tasks"][name])), folder)
             record = read_record(folder)
             _write_results(folder, {"train": _train_results(record), "eval": _eval_results(record)})
             if test_sets[name]:
@@ -84,6 +83,13 @@ def train(request: Request) -> None:
     _show(results)
     if request.repo_id:
         publish_run(request.output_dir, request.repo_id)
+
+
+def _kept_model(request: Request, cell: Cell) -> Path:
+    folder = kept_folder(request.output_dir, cell)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is gone, the model that was kept there: train again in another --output_dir")
+    return folder
 
 
 def _show(results: Results) -> None:
@@ -95,19 +101,6 @@ def _show(results: Results) -> None:
         tables = {"Variants": variants_table(results), **tables}
     for title, table in tables.items():
         print(f"\n{title}\n\n{markdown_table(*table)}")
-
-
-def _place_model(kept: Path, folder: Path) -> None:
-    """Copy a model; its configuration, without which nothing loads it, comes last.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if not kept.is_dir():
-        raise UserError(f"{kept} is gone, the model that was kept there: train again in another --output_dir")
-    for path in sorted(kept.iterdir(), key=lambda path: path.name == "config.json"):
-        with atomic_path(folder / path.name) as temporary:
-            shutil.copyfile(path, temporary)
 
 
 # --- what run_glue writes ---
@@ -182,7 +175,7 @@ def _read_test_sets(request: Request, task: Task) -> TestSets:
     if not request.predicts:
         return {}
     if request.test_file:
-        return {task.task_name: _first(read_texts(task, request.test_file), request.max_predict_rows)}
+        return {task.task_name: read_texts(task, request.test_file).first(request.max_predict_rows)}
     if not task.test_splits:
         hint = "give your own rows by --test_file" if task.own else "leave --do_predict out"
         raise UserError(f"--do_predict: {task.task_name} has no test set: {hint}")
@@ -190,13 +183,8 @@ def _read_test_sets(request: Request, task: Task) -> TestSets:
     sets = {split.name: read_split(task, split.name, request.glue_dir) for split in task.test_splits}
     names = [task.task_name, "mnli-mm"]
     return {
-        name: _first(examples, request.max_predict_rows) for name, examples in zip(names, sets.values(), strict=False)
+        name: examples.first(request.max_predict_rows) for name, examples in zip(names, sets.values(), strict=False)
     }
-
-
-def _first(examples: Examples, num_rows: int | None) -> Examples:
-    labels = None if examples.labels is None else examples.labels[:num_rows]
-    return replace(examples, sentences=tuple(column[:num_rows] for column in examples.sentences), labels=labels)
 
 
 def _predict(predictor: Predictor, task: Task, test_sets: TestSets, folder: Path) -> None:
@@ -247,7 +235,7 @@ def _task_as_it_is(request: Request, folder: Path) -> Task:
 def _read_evaluation_splits(request: Request, task: Task) -> dict[str, Examples]:
     require_files([(task, split) for split in task.evaluation_splits], request.glue_dir)
     return {
-        split: _first(read_split(task, split, request.glue_dir), request.max_eval_rows)
+        split: read_split(task, split, request.glue_dir).first(request.max_eval_rows)
         for split in task.evaluation_splits
     }
 
@@ -256,6 +244,8 @@ def _order_of_labels(folder: Path, task: Task, labels: Sequence[str] | None) -> 
     """The place of each of the task's labels among the model's outputs, which others may have in another order."""
     if len(labels or [""]) != task.num_labels:
         raise UserError(f"the model in {folder} has {len(labels or [''])} outputs, {task.title} {task.num_labels}")
+    if not task.labels:
+        return [0]
     found = list(labels or ())
     for names in (task.output_names, task.labels or ()):
         for spelt in (str, str.lower):  # others may write them in capitals

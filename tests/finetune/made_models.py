@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from finetune.model import Encoder
-from finetune.model_record import ModelRecord, write_record
+from finetune.model_record import ModelRecord, copy_pretraining, write_record
 from finetune.tasks import find_task
 from finetune.trial import Cell
 from tests.finetune.made_results import PROTOCOL, trial
@@ -46,4 +46,5 @@ def write_model(folder: Path, record: ModelRecord, base_model: Path) -> Path:
     classifier.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
     write_record(folder, record)
+    copy_pretraining(base_model, folder)
     return folder

@@ -98,7 +98,7 @@ def tuned(model_folder: Path, tokens, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def pruned(tuned: Path, glue_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pruned") / "O"
-    prune(CONFIG, str(tuned), folder, glue_dir, folder.parent / "whole")
+    prune(CONFIG, str(tuned), folder, glue_dir, with_full_size=True)
     return folder
 
 
@@ -217,12 +217,12 @@ def test_a_pruned_folder_is_smaller_in_every_respect_and_holds_what_the_results_
 
 
 def test_the_full_size_export_gives_stock_transformers_equal_outputs(pruned: Path):
-    stock = AutoModelForSequenceClassification.from_pretrained(pruned.parent / "whole")
+    stock = AutoModelForSequenceClassification.from_pretrained(pruned / "full_size")
     ids = torch.arange(5, 20)[None]
     with torch.inference_mode():
         outputs = [model.eval()(input_ids=ids).logits for model in (stock, load_classifier(pruned))]
     torch.testing.assert_close(*outputs)
-    assert not (pruned.parent / "whole" / PRUNED_HEADS_FILE).exists()
+    assert not (pruned / "full_size" / PRUNED_HEADS_FILE).exists()
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForSequenceClassification.from_pretrained(pruned)
 
@@ -231,7 +231,7 @@ def test_the_record_tells_the_last_fine_tuning_and_the_report_each_seed(pruned: 
     record, results = read_record(pruned), json.loads((pruned / "results.json").read_text())
     last = results["seeds"][str(results["median_seed"])][-1]
     assert record.task is TASK
-    assert (record.rows["train"], last["training_rows"], record.rows["dev"]) == (40, 36, 16), "four are held out"
+    assert (record.rows["train"], last["training_rows"], record.rows["dev"]) == (48, 36, 16), "a quarter is held out"
     assert (record.score, record.cell["seed"], record.cell["num_epochs"]) == (last["score"], results["median_seed"], 2)
     assert len(record.epochs) == 2
     report = (pruned / "report.md").read_text()
@@ -322,12 +322,12 @@ def test_values_out_of_range_are_refused(name: str, value: float):
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tuned: Path, glue_dir: Path, tmp_path: Path):
-    def refusal(change, config: PruneConfig = CONFIG, full_size_dir: Path | None = None) -> str:
+    def refusal(change, config: PruneConfig = CONFIG) -> str:
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(tuned, folder)
         change(folder)
         with pytest.raises(UserError) as error:
-            prune(config, str(folder), tmp_path / "O", glue_dir, full_size_dir)
+            prune(config, str(folder), tmp_path / "O", glue_dir)
         assert not (tmp_path / "O").exists()
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -343,7 +343,6 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tuned: Path
     assert "quantised" in refusal(set_config(quantization_config={"quant_method": "torchao"}))
     assert "one attention head" in refusal(set_config(num_attention_heads=1))
     assert "holdout" in refusal(lambda folder: None, dataclasses.replace(CONFIG, holdout=0.001))
-    assert "there already" in refusal(lambda folder: None, full_size_dir=tmp_path)
     if not torch.cuda.is_available():
         assert "fp16" in refusal(lambda folder: None, dataclasses.replace(CONFIG, precision="fp16"))
 

@@ -20,7 +20,7 @@ from tests.finetune.made_models import BASE_MODEL_PATH, made_record, write_model
 from tests.finetune.made_results import grid, results_of, table_trial
 
 CAUSE = "OSError: /home/someone/secret data/train.tsv & /mnt/disk7/cache/x.npy are gone"
-PRETRAINING = {"steps": 7, "elapsed_seconds": 9.0}
+PRETRAINING = {"steps": 7, "elapsed_seconds": 9.0, "training": {"seed": 1, "init_from": "/home/someone/bert"}}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,9 @@ def test_the_model_is_the_tasks_median_seeds_byte_by_byte(grid_folder: Path, hub
     publish_run(grid_folder, "me/x", task_name="rte")
     results = json.loads((grid_folder / "results.json").read_text())
     kept = kept_folder(grid_folder, median_cell_of("rte", results["tasks"]["rte"]))
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "pretraining.json"):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert hub.committed[name] == (kept / name).read_bytes()
+    assert json.loads(hub.committed["pretraining.json"]) == {**PRETRAINING, "training": {"seed": 1}}
 
 
 def test_nothing_of_this_machine_is_sent_but_what_failed_is(grid_folder: Path, hub: Hub, tmp_path: Path):

@@ -16,13 +16,16 @@ from random import Random
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score
 from transformers import pipeline
 
 from common.errors import UserError
 from finetune.train import train
 from finetune.train_flags import read_flags
+from finetune.trial import Cell
 from tests.finetune.conftest import BAD, GOOD, sentence, write_rows, write_small_tasks
+from tests.finetune.made_models import made_record, write_model
 
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = (
@@ -133,6 +136,18 @@ def test_a_model_as_it_is_scores_what_its_training_said(trained: Path, glue_with
     assert now["eval_accuracy"] == then["eval_accuracy"]
     assert now["eval_loss"] == pytest.approx(then["eval_loss"], rel=1e-5)
     assert not (tmp_path / "E" / "model.safetensors").exists()
+
+
+def test_a_regression_as_it_is_is_scored_as_scipy_does(model_folder: Path, glue_with_test_set: Path, tmp_path: Path):
+    record = made_record(Cell("stsb", 1e-5, 32, 3, "pretrained", 1), max_seq_length=32)
+    model = write_model(tmp_path / "model", record, model_folder)
+    run("--model_name_or_path", model, "--do_eval", "--glue_dir", glue_with_test_set, "--output_dir", tmp_path / "E")
+    rows = [line.split("\t") for line in (glue_with_test_set / "STS-B" / "dev.tsv").read_text().splitlines()[1:]]
+    similarity = pipeline("text-classification", model=str(model), function_to_apply="none")
+    cut = {"truncation": True, "max_length": 32}
+    scores = [similarity({"text": row[-3], "text_pair": row[-2]}, **cut)["score"] for row in rows]
+    expected = spearmanr(scores, [float(row[-1]) for row in rows]).statistic
+    assert read(tmp_path / "E", "eval_results.json")["eval_spearmanr"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_model_whose_labels_are_in_another_order_is_scored_by_their_names(
