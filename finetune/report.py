@@ -107,10 +107,15 @@ def _add_statement(document: Document, results: Results) -> None:
     first, *others = results["variants"]
     of_variant = f" ({first}; under Variants also {'; '.join(others)})" if others else ""
     document.paragraph(
-        f"{results['model']} fine-tuned on {enumeration(titles)}: the median score over {len(results['seeds'])} seeds"
+        f"{results['model']} fine-tuned on {enumeration(titles)}: the median score over {_seeds(results)}"
         f" of each task's best configuration{of_variant} on the development split, with every trial behind it"
         f" ({done:,} of {done + missing:,} are done)."
     )
+
+
+def _seeds(results: Results) -> str:
+    number = len(results["seeds"])
+    return f"{number} seed" + ("s" if number != 1 else "")
 
 
 def _add_scores(document: Document, results: Results) -> None:
@@ -142,7 +147,7 @@ def _score_note(results: Results) -> str:
         "best": "The score is the best epoch's, chosen on the same split too, which makes it higher than a test would.",
     }[results["protocol"]["score_epoch"]]
     return (
-        f"Development split, scores x 100: median ± sample standard deviation over {len(results['seeds'])} seeds of the"
+        f"Development split, scores x 100: median ± sample standard deviation over {_seeds(results)} of the"
         " configuration with the highest median. The configuration is selected on the split that it is reported on."
         f" {epoch} {_start_note(results)}"
     )

@@ -38,9 +38,9 @@ _FLAGS_OF: Final = {
 _DESCRIPTION: Final = (
     "Fine-tune a model on tasks of GLUE or on your own data, once or with several seeds, with run_glue's flags."
     " Different from run_glue: the model is evaluated after every epoch, whatever else is asked for; rows of similar"
-    " length form a batch and are padded to the longest of them only; every trial runs on one device, so that a batch"
-    " has per_device_train_batch_size x gradient_accumulation_steps rows on any machine, and several seeds use several"
-    " devices. The same command again goes on where it was interrupted."
+    " length form a batch and are padded to the longest of them only; the classifier's last layer is always drawn anew;"
+    " every trial runs on one device: a batch has per_device_train_batch_size x gradient_accumulation_steps rows on any"
+    " machine, several seeds use several devices. The same command again goes on where it was interrupted."
 )
 # What there is instead of run_glue's other flags.
 _INSTEAD: Final = {
