@@ -76,7 +76,7 @@ class GridConfig:
     """optimizer steps between two points of a trial's training loss in TensorBoard; default: no TensorBoard files"""
     score_epoch: ScoreEpoch = "last"
     """the epoch whose score counts: the last one, or the best one on the development split (which flatters)"""
-    precision: Literal["auto"] | Precision | list[Precision] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | list[Precision] = "auto"
     """of the matrix products; auto: bf16 on a GPU that has it, fp16 on another GPU, fp32 on a CPU; several, such as
     [fp32, bf16], are compared"""
     compile: bool = False

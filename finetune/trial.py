@@ -302,10 +302,11 @@ class _Trial:
         is_last = self._training.step_number == self._training.num_steps
         if self._protocol.score_epoch == "best" and self._best_epoch() is self._epochs[-1] and not is_last:
             self._best_weights = {name: weight.clone() for name, weight in self.classifier.state_dict().items()}
-        self._epoch_seconds, self._epoch_losses, self._recent_losses = 0.0, MeanLoss(), MeanLoss()
         if self._files and self._files.logging_steps:
             self._write_training()
             self._write_evaluation(self._epochs[-1])
+        self._epoch_seconds = 0.0
+        self._epoch_losses, self._recent_losses, self._logged_losses = MeanLoss(), MeanLoss(), MeanLoss()
         if self._files and self._files.save_steps and not is_last:
             self._save()
 
