@@ -194,7 +194,7 @@ def test_shards_of_different_data_are_not_mixed(data_dir, converted, vocabulary,
     folder = Path(shutil.copytree(converted, tmp_path / "shards"))
     with pytest.raises(UserError, match="another configuration"):
         convert(other, folder)
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="another command"):
         convert(data_dir, data_dir)
 
 

@@ -100,6 +100,7 @@ def weights(output_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(models)): path.read_bytes() for path in models.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_coordinator_cost_nothing_that_was_finished(
     finished_grid: list[str], tmp_path: Path
 ):

@@ -110,6 +110,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data_dir, tmp_path, 
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+@pytest.mark.slow
 def test_gradients_that_overflow_at_every_loss_scale_stop_the_run(data_dir, tmp_path) -> None:
     hopeless = config(
         model=ModelConfig(preset="bert-tiny", hidden_size=32, initializer_range=1e4), ds_config="ds_configs/fp16.json"

@@ -171,6 +171,7 @@ def test_a_signal_before_the_end_of_the_allocation_saves_and_requeues_the_job(
     assert (run / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.slow
 def test_two_nodes_of_a_hostfile_train_the_model_of_one_process(alone, config, data_dir, tmp_path, free_port) -> None:
     run = tmp_path / "run"
     hostfile = tmp_path / "hostfile"

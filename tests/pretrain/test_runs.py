@@ -184,6 +184,7 @@ def test_a_finished_run_is_left_alone(budgeted, config, data_dir) -> None:
     assert {path: path.stat().st_mtime_ns for path in budgeted.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_do_well_ends_early_with_all_that_it_has_come_to(config, data_dir, tmp_path) -> None:
     run = tmp_path / "hopeless"
     rule = "[{after: 50%, metric: train_loss, bound: 0.1}]"
