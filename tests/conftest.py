@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torchao  # noqa: F401  before pretrain, which does without, hides it from tests of finetune in this process
 
 from data_prep.build import build
 from data_prep.config import DataConfig
